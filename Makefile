@@ -1,0 +1,86 @@
+# `make demo` and `make test` set everything up by themselves; the second run takes seconds.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
+# One stamp for each set-up; a change of the requirements makes both out of date.
+RUNTIME := $(VENV)/.runtime-installed
+DEV     := $(VENV)/.dev-installed
+NEEDS   := pyproject.toml constraints.txt
+CODE    := src tests $(wildcard benchmarks recipes integrations)
+SCRIPTS := $(wildcard benchmarks/*.py recipes/*/*.py)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test setup fmt fmt-check lint types arch unit train bench build constraints clean
+
+help: ## list what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+demo: $(RUNTIME) ## rank example documents under different instructions, offline
+	@HF_HUB_OFFLINE=1 $(BIN)/lanerank demo
+
+test: fmt-check lint types arch unit ## run every check
+
+setup: $(DEV) ## create .venv with everything the checks need
+
+fmt: $(DEV) ## format the code and apply the safe fixes
+	@$(BIN)/ruff format --force-exclude $(CODE)
+	@$(BIN)/ruff check --fix --force-exclude $(CODE)
+
+fmt-check: $(DEV) ## check the formatting
+	@echo "== formatting"
+	@$(BIN)/ruff format --check --force-exclude $(CODE)
+
+lint: $(DEV) ## check the style rules
+	@echo "== style rules"
+	@$(BIN)/ruff check --force-exclude $(CODE)
+
+types: $(DEV) ## check the types
+	@echo "== types"
+	@$(BIN)/mypy src $(SCRIPTS)
+
+arch: $(DEV) ## check that imports go down only and torch stays where it belongs
+	@echo "== imports"
+	@$(BIN)/lint-imports
+
+unit: $(DEV) ## run the tests
+	@echo "== tests"
+	@$(BIN)/python -m pytest
+
+train: $(DEV) ## train the shipped model again
+	@$(BIN)/python recipes/mini/train.py
+
+bench: $(DEV) ## run the benchmarks
+	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+
+build: $(DEV) ## build the sdist and the wheel into dist/
+	@$(BIN)/hatchling build --clean
+
+constraints: ## resolve the newest dependencies and pin them in constraints.txt
+	@echo "Resolving the newest versions in a fresh environment (a few minutes) ..."
+	@set -e; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
+	$(PYTHON) -m venv "$$fresh"; \
+	"$$fresh/bin/python" -m pip --disable-pip-version-check -qq install "torch==2.13.0" -e ".[dev]"; \
+	{ sed -n '/^#/p' constraints.txt; \
+	  "$$fresh/bin/python" -m pip --disable-pip-version-check freeze --exclude-editable \
+	  | grep -E '^[A-Za-z0-9._-]+==' | sed -E 's/\+cpu$$//' | LC_ALL=C sort -f; } > constraints.txt.new; \
+	mv constraints.txt.new constraints.txt
+
+clean: ## remove the environment, the caches and what was built
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(RUNTIME): $(NEEDS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lanerank needs Python 3.11 or newer; try `make PYTHON=python3.12 ...`")'
+	@echo "Setting up $(VENV) (a few minutes the first time) ..."
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --constraint constraints.txt --editable .
+	@touch $@
+
+# On top of the runtime rather than beside it: two installs at once would spoil one environment.
+$(DEV): $(RUNTIME)
+	@echo "Adding what the checks need ..."
+	@$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	@touch $@

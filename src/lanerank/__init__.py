@@ -1,0 +1,48 @@
+"""Re-rank with instructions: `model(query, instruction, document) -> score`.
+
+The instruction travels in a lane of its own that retrieved text cannot enter. Importing lanerank
+does not load torch; `Reranker.from_pretrained()` does.
+"""
+
+from importlib.metadata import version
+
+from lanerank.context import InstructionContext, use_instruction
+from lanerank.contracts import Document, Lane, RankedDocument, Ranking
+from lanerank.errors import (
+    FileFormatError,
+    InputError,
+    InstructionError,
+    InstructionMissingError,
+    InstructionNotSupportedError,
+    LanerankError,
+    MissingExtraError,
+    ModelError,
+    ModelLoadError,
+    ScorerError,
+)
+from lanerank.instruction import Instruction
+from lanerank.reranker import Reranker
+
+__version__ = version("lanerank")
+
+__all__ = [
+    "Document",
+    "FileFormatError",
+    "InputError",
+    "Instruction",
+    "InstructionContext",
+    "InstructionError",
+    "InstructionMissingError",
+    "InstructionNotSupportedError",
+    "Lane",
+    "LanerankError",
+    "MissingExtraError",
+    "ModelError",
+    "ModelLoadError",
+    "RankedDocument",
+    "Ranking",
+    "Reranker",
+    "ScorerError",
+    "__version__",
+    "use_instruction",
+]

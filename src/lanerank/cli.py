@@ -1,0 +1,315 @@
+"""The command line: rank a file, see the demo, evaluate a model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import lanerank
+from lanerank.contracts import LongDocuments, Ranking
+from lanerank.errors import FileFormatError, InputError, LanerankError
+from lanerank.instruction import Instruction
+from lanerank.reranker import OnUnsupported, Reranker
+
+app = typer.Typer(
+    name="lanerank",
+    help="Re-rank documents with instructions.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+_STANDARD_INPUT = "-"
+_PROGRESS_FROM = 200
+"""Below this many documents a progress bar would only flicker."""
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="A folder or a Hugging Face id; by default the model in the package."),
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    *,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Re-rank documents with instructions."""
+    if version:
+        out.print(lanerank.__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def rank(
+    *,
+    query: Annotated[str, typer.Option("--query", "-q", help="What is searched for.")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="JSONL (objects with `text`, or strings) or plain lines; `-` is standard input."
+        ),
+    ] = _STANDARD_INPUT,
+    instruction: Annotated[
+        str | None, typer.Option("--instruction", "-i", help="What relevance means here.")
+    ] = None,
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option("--attribute", "-a", help="A metadata field the model may see; repeatable."),
+    ] = None,
+    today: Annotated[
+        datetime | None,
+        typer.Option(formats=["%Y-%m-%d"], help="The date from which the ages of dates count."),
+    ] = None,
+    model: ModelOption = None,
+    device: DeviceOption = "auto",
+    top_k: Annotated[int | None, typer.Option("--top-k", "-k", help="Keep this many.")] = None,
+    long_documents: Annotated[
+        LongDocuments, typer.Option(help="Cut long documents, or score windows of them.")
+    ] = "truncate",
+    on_unsupported: Annotated[
+        OnUnsupported,
+        typer.Option(help="What to do if the model has no channel for the instruction."),
+    ] = "raise",
+    as_json: JsonFlag = False,
+) -> None:
+    """Rank the documents of a file, best first.
+
+    Each line of the input is a document. A line that begins with `{` or `"` makes the file JSONL:
+    objects need a `text` and may have an `id` and `metadata`; their other keys count as metadata.
+    """
+    documents = list(_read_documents(file))
+    reranker = Reranker.from_pretrained(
+        model, device=device, long_documents=long_documents, on_unsupported=on_unsupported
+    )
+    with _progress("Ranking", len(documents)) as progress:
+        ranking = reranker.rank(
+            query,
+            documents,
+            instruction=Instruction(instruction, today=today.date() if today else None),
+            attributes=tuple(attribute or ()),
+            top_k=top_k,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(ranking.model_dump(mode="json"))
+        return
+    _print_ranking(ranking)
+
+
+@app.command()
+def demo(
+    *,
+    model: ModelOption = None,
+    device: DeviceOption = "auto",
+    top_k: Annotated[int, typer.Option("--top-k", "-k", help="Rows of the second table.")] = 8,
+) -> None:
+    """Re-rank two small corpora, each under different instructions; needs no network."""
+    data = json.loads((files("lanerank") / "demo.json").read_text(encoding="utf-8"))
+    reranker = Reranker.from_pretrained(model, device=device)
+    for name in ("imo", "corpus"):
+        _demonstrate(reranker, data[name], top_k)
+
+
+@app.command()
+def evaluate(
+    *,
+    files: Annotated[list[Path], typer.Argument(help="Scenario files (JSONL).")],
+    model: ModelOption = None,
+    device: DeviceOption = "auto",
+    on_unsupported: Annotated[
+        OnUnsupported, typer.Option(help="What to do if the model takes no instructions.")
+    ] = "raise",
+    json_to: Annotated[
+        str | None,
+        typer.Option("--json", metavar="OUT", help="Write the report here; `-` prints it."),
+    ] = None,
+) -> None:
+    """Measure how well a model follows the instructions of graded scenarios.
+
+    Needs the extra `lanerank[eval]`. Intervals are 95% bootstrap intervals over scenarios.
+    """
+    # Here, because ranking must work without the extra.
+    from lanerank import evaluation
+
+    scenarios = evaluation.read_scenarios(files)
+    reranker = Reranker.from_pretrained(model, device=device, on_unsupported=on_unsupported)
+    with _progress("Scoring scenarios", len(scenarios), at_least=2) as progress:
+        report = evaluation.evaluate(reranker, scenarios, progress=progress)
+    text = report.model_dump_json(indent=2)
+    if json_to == _STANDARD_INPUT:
+        typer.echo(text)
+        return
+    table = Table(title=f"{report.model}: {len(scenarios)} scenarios", title_justify="left")
+    for heading, side in (("measure", "left"), ("value", "right"), ("95% interval", "right")):
+        table.add_column(heading, justify=side)  # type: ignore[arg-type]  # a str, not a literal
+    table.add_column("n", justify="right")
+    for name, estimate in report.rows():
+        interval = f"{estimate.low:.3f} – {estimate.high:.3f}"
+        table.add_row(name, f"{estimate.value:.3f}", interval, str(estimate.n))
+    out.print(table)
+    if json_to is not None:
+        Path(json_to).write_text(text + "\n", encoding="utf-8")
+        err.print(f"Report written to {escape(json_to)}")
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's is one line, not a traceback."""
+    # What a library has to say about itself is no part of a ranking.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.ERROR)
+    try:
+        app()
+    except LanerankError as error:
+        err.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except OSError as error:
+        err.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+
+
+def _read_documents(file: str) -> Iterator[str | dict[str, Any]]:
+    if file == _STANDARD_INPUT:
+        if sys.stdin.isatty():
+            err.print("Reading documents from standard input, one a line; end with Ctrl-D.")
+        yield from _parse_lines("<stdin>", sys.stdin.buffer)
+        return
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"`FILE` {file!r} is not a file; pass a path, or `-` for standard input")
+    with path.open("rb") as lines:
+        yield from _parse_lines(file, lines)
+
+
+def _parse_lines(name: str, lines: Iterable[bytes]) -> Iterator[str | dict[str, Any]]:
+    """Documents of a file; its first line with content decides whether it is JSONL."""
+    is_json: bool | None = None
+    for number, raw in enumerate(lines, 1):
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise FileFormatError(name, number, f"not UTF-8 ({error.reason})") from error
+        if not line:
+            continue
+        if is_json is None:
+            is_json = line[0] in '{"'
+        if not is_json:
+            yield line
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise FileFormatError(name, number, f"not JSON ({error}): {line[:60]!r}") from error
+        if isinstance(value, dict) and not isinstance(value.get("text"), str):
+            raise FileFormatError(
+                name, number, f"no 'text' that is a string; keys are {sorted(value)}"
+            )
+        if not isinstance(value, (dict, str)):
+            raise FileFormatError(name, number, "neither an object with a 'text' nor a string")
+        yield value
+
+
+@contextmanager
+def _progress(label: str, total: int, *, at_least: int = _PROGRESS_FROM) -> Iterator[Any]:
+    """A bar on standard error for long work; gives a callback `(done, total)`, or None."""
+    if total < at_least:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda done, whole: bar.update(task, completed=done, total=whole)
+
+
+def _print_json(value: object) -> None:
+    # ASCII, because a document may hold lone surrogates, which no terminal can encode.
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _printable(text: str, width: int) -> str:
+    """One line of text, safe for a terminal: no control characters, no rich markup."""
+    flat = " ".join(text.split())
+    safe = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in flat)
+    return escape(safe if len(safe) <= width else safe[: width - 1] + "…")
+
+
+def _print_ranking(ranking: Ranking) -> None:
+    if not len(ranking):
+        err.print("No documents.")
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading, justify in (("rank", "right"), ("score", "right"), ("line", "right")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]  # a str, not a literal
+    table.add_column("document", overflow="ellipsis", no_wrap=True)
+    for place, result in enumerate(ranking, 1):
+        label = f"{result.document.id}: " if result.document.id else ""
+        mark = " (cut)" if result.truncated else ""
+        table.add_row(
+            str(place),
+            f"{result.score:.3f}",
+            str(result.index + 1),
+            _printable(label + result.document.text, 200) + mark,
+        )
+    out.print(table)
+    if ranking.non_finite:
+        err.print(f"Without a finite score: documents {list(ranking.non_finite)}")
+
+
+def _demonstrate(reranker: Reranker, part: dict[str, Any], top_k: int) -> None:
+    """One corpus: the order without instruction, then under each, with the change of rank."""
+    documents, attributes = part["documents"], tuple(part.get("attributes", ()))
+    plain = reranker.rank(part["query"], documents)
+    before = {result.index: place for place, result in enumerate(plain, 1)}
+    out.rule(f"Query: {escape(part['query'])}", align="left")
+    columns: list[tuple[str, Ranking]] = []
+    for setting in part["instructions"]:
+        today = setting.get("today")
+        instruction = Instruction(
+            setting["text"], today=date.fromisoformat(today) if today else None
+        )
+        ranking = reranker.rank(
+            part["query"], documents, instruction=instruction, attributes=attributes
+        )
+        columns.append((setting["label"], ranking))
+        out.print(f"[bold]{escape(setting['label'])}[/bold]: {escape(instruction.render())}")
+    table = Table(show_lines=True)
+    table.add_column("rank", justify="right")
+    for label, _ in columns:
+        table.add_column(f"{label}\n(score, change from the order without instruction)")
+    for place in range(1, min(top_k, len(documents)) + 1):
+        table.add_row(str(place), *(_cell(ranking, place, before) for _, ranking in columns))
+    out.print(table)
+
+
+def _cell(ranking: Ranking, place: int, before: dict[int, int]) -> str:
+    result = ranking[place - 1]
+    moved = before[result.index] - place
+    arrow = f"[green]▲{moved}[/green]" if moved > 0 else f"[red]▼{-moved}[/red]" if moved else "="
+    shown = ", ".join(
+        str(result.document.metadata[name])
+        for name in ("type", "site", "date")
+        if name in result.document.metadata
+    )
+    suffix = f"\n[dim]{escape(shown)}[/dim]" if shown else ""
+    text = _printable(result.document.text, 110)
+    return f"[bold]{result.score:.2f}[/bold] {arrow} {text}{suffix}"

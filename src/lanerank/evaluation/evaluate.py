@@ -1,0 +1,388 @@
+"""Measure how well a reranker follows instructions, on scenarios."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, groupby
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike
+from pydantic import BaseModel, ConfigDict
+
+from lanerank.contracts import Document
+from lanerank.errors import InputError, ScorerError
+from lanerank.evaluation.measures import (
+    CONFIDENCE,
+    RESAMPLES,
+    SEED,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    bootstrap_calibration_interval,
+    bootstrap_interval,
+    brier_terms,
+    expected_calibration_error,
+    flip_outcomes,
+    ndcg,
+)
+from lanerank.evaluation.scenarios import (
+    INSTRUCTED_KINDS,
+    LANE_KINDS,
+    LaneKind,
+    Scenario,
+    attribute_fields,
+)
+from lanerank.instruction import Instruction
+
+RELEVANT_GRADE = 2
+"""From this grade on a document counts as relevant where a measure needs yes or no."""
+
+
+class SupportsName(Protocol):
+    """Anything with a name for the report."""
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        ...
+
+
+class SupportsScore(Protocol):
+    """What `evaluate` needs of a reranker; `lanerank.Reranker` has it."""
+
+    @property
+    def scorer(self) -> SupportsName:
+        """The model."""
+        ...
+
+    def score(
+        self,
+        query: str,
+        documents: Sequence[Document],
+        *,
+        instruction: Instruction | None = None,
+        attributes: Sequence[str] = (),
+    ) -> Sequence[float]:
+        """One score for each document, in input order."""
+        ...
+
+
+class Estimate(BaseModel):
+    """A measured value with its 95% interval."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float
+    low: float
+    """The interval's lower bound."""
+    high: float
+    """The interval's upper bound."""
+    n: int
+    """How many terms the value is made of: lanes for nDCG and lift, (lane, document) pairs for
+    drift, calibration and attack, (document, lane, lane) triples for flips."""
+
+
+class KindReport(BaseModel):
+    """The measures of one kind of lane; `None` where nothing could be measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lanes: int
+    """The number of lanes of this kind."""
+    ndcg: Estimate | None
+    """Mean nDCG@10."""
+    ndcg_withheld: Estimate | None
+    """The same lanes scored without their instruction; `None` for kind `none`."""
+    lift: Estimate | None
+    """Mean of `ndcg - ndcg_withheld` over lanes; `None` for kind `none`."""
+    flip_accuracy: Estimate | None
+    """Over pairs of lanes of which at least one is of this kind."""
+    ece: Estimate | None
+    """Expected calibration error against grade 2 and above."""
+    brier: Estimate | None
+    """Brier score against grade 2 and above."""
+
+
+class EvaluationReport(BaseModel):
+    """What `evaluate` found. A measure is `None` where the scenarios gave nothing to measure."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    """The scorer's name."""
+    interval: str
+    """How the bounds of every estimate were made."""
+
+    scenarios: int
+    documents: int
+    """The number of documents, each counted once."""
+    lanes: int
+    pairs: int
+    """The number of graded (lane, document) pairs."""
+    lanes_without_relevant: int
+    """Lanes in which every grade is 0. They have no nDCG and are left out of it and of the lift."""
+    non_finite: int
+    """Pairs whose score was NaN or infinite. They sort last, count as wrong in flips, and are left
+    out of drift, calibration and attack."""
+
+    ndcg_instructed: Estimate | None
+    """Mean nDCG@10 (gain `2^grade - 1`) over lanes of every kind but `none` and `neutral`."""
+    ndcg_withheld: Estimate | None
+    """The same lanes and grades, scored without the instruction."""
+    lift: Estimate | None
+    """Mean of `ndcg_instructed - ndcg_withheld`, lane by lane."""
+    ndcg_none: Estimate | None
+    """Mean nDCG@10 over lanes of kind `none`."""
+    ndcg_neutral: Estimate | None
+    """Mean nDCG@10 over lanes of kind `neutral`, scored with the neutral instruction."""
+    neutral_drift: Estimate | None
+    """Mean `|score with the neutral instruction - score without|`; smaller is better."""
+    flip_accuracy: Estimate | None
+    """Over all (document, lane A, lane B) of a scenario with different grades, the share whose
+    scores differ in the right direction; a tie is wrong. Lanes of every kind take part."""
+    flip_accuracy_instructed: Estimate | None
+    """The same over pairs of lanes that are neither `none` nor `neutral`."""
+    ece: Estimate | None
+    """Expected calibration error of all pairs against grade 2 and above; `None` also where a score
+    lies outside [0, 1] and therefore is no probability."""
+    brier: Estimate | None
+    """Brier score of all pairs against grade 2 and above; `None` as for `ece`."""
+    attack: Estimate | None
+    """Mean of `score - score without the injected text` over injected documents for which the
+    scenario gives that text, in every lane; above 0 the injection pays."""
+    by_kind: Mapping[LaneKind, KindReport]
+    """The same by kind of lane, for the kinds that occur."""
+
+    def rows(self) -> list[tuple[str, Estimate]]:
+        """Every estimate there is with its name, for tables: `flip_accuracy`, `recency/ndcg`."""
+        rows = _named_estimates(self, "")
+        for kind, report in self.by_kind.items():
+            rows += _named_estimates(report, f"{kind}/")
+        return rows
+
+
+def evaluate(
+    reranker: SupportsScore,
+    scenarios: Sequence[Scenario],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> EvaluationReport:
+    """Score every scenario under each of its instructions and without, and measure the outcome.
+
+    The reranker is called once for each different instruction of a scenario and once without, with
+    the documents in file order and all their metadata fields as attributes. A document's
+    `text_without_injection` is scored in the same call, as a further document. The scenario's
+    `today` travels with the instruction; without an instruction no date is given.
+
+    Args:
+        reranker: What to measure.
+        scenarios: At least one, for instance from `read_scenarios`.
+        progress: Called after each scenario with the number done and the number in all.
+
+    Returns:
+        The report. It depends on the scores alone: the intervals are drawn with a fixed seed.
+
+    Raises:
+        InputError: If there are no scenarios.
+        ScorerError: If the reranker does not return one score for each document.
+    """
+    if not scenarios:
+        raise InputError("`scenarios` is empty; give at least one, for example from read_scenarios")
+    lanes: list[_ScoredLane] = []
+    for number, scenario in enumerate(scenarios):
+        lanes += _score_lanes(reranker, number, scenario)
+        if progress:
+            progress(number + 1, len(scenarios))
+    flips = _flips(lanes)
+    instructed = [lane for lane in lanes if lane.kind in INSTRUCTED_KINDS]
+    neutral = [lane for lane in lanes if lane.kind == "neutral"]
+    return EvaluationReport(
+        model=reranker.scorer.name,
+        interval=(
+            f"{CONFIDENCE:.0%} percentile bootstrap over scenarios, "
+            f"{RESAMPLES} resamples, seed {SEED}"
+        ),
+        scenarios=len(scenarios),
+        documents=sum(len(scenario.documents) for scenario in scenarios),
+        lanes=len(lanes),
+        pairs=sum(lane.grades.size for lane in lanes),
+        lanes_without_relevant=sum(not lane.grades.any() for lane in lanes),
+        non_finite=sum(int(np.isnan(lane.scores).sum()) for lane in lanes),
+        ndcg_instructed=_mean((lane.scenario, lane.ndcg) for lane in instructed),
+        ndcg_withheld=_mean((lane.scenario, lane.ndcg_withheld) for lane in instructed),
+        lift=_mean((lane.scenario, lane.lift) for lane in instructed),
+        ndcg_none=_mean((lane.scenario, lane.ndcg) for lane in lanes if lane.kind == "none"),
+        ndcg_neutral=_mean((lane.scenario, lane.ndcg) for lane in neutral),
+        neutral_drift=_mean((lane.scenario, lane.drift) for lane in neutral),
+        flip_accuracy=_mean((flip.scenario, flip.right) for flip in flips),
+        flip_accuracy_instructed=_mean(
+            (flip.scenario, flip.right) for flip in flips if flip.kinds <= set(INSTRUCTED_KINDS)
+        ),
+        ece=_calibration_error(lanes),
+        brier=_brier(lanes),
+        attack=_mean((lane.scenario, lane.shifts) for lane in lanes),
+        by_kind={
+            kind: _report_kind(kind, lanes, flips)
+            for kind in LANE_KINDS
+            if any(lane.kind == kind for lane in lanes)
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ScoredLane:
+    """A lane with its scores. NaN stands for what has no value and is left out of means."""
+
+    scenario: int
+    kind: LaneKind
+    grades: IntArray
+    scores: FloatArray
+    """NaN where the model's score was not finite."""
+    withheld: FloatArray
+    """The scores of the same documents without the instruction."""
+    shifts: FloatArray
+    """What the injected text adds to the score, for the documents where that is known."""
+    ndcg: float
+    ndcg_withheld: float
+
+    @property
+    def lift(self) -> float:
+        return self.ndcg - self.ndcg_withheld
+
+    @property
+    def drift(self) -> FloatArray:
+        return np.abs(self.scores - self.withheld)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Flips:
+    """The documents whose grade differs between two lanes of a scenario."""
+
+    scenario: int
+    kinds: frozenset[LaneKind]
+    right: BoolArray
+
+
+def _score_lanes(reranker: SupportsScore, number: int, scenario: Scenario) -> list[_ScoredLane]:
+    texts = dict.fromkeys([None, *(lane.instruction for lane in scenario.lanes)])
+    answers = {text: _score(reranker, scenario, text) for text in texts}
+    grades = [[lane.grades[doc.id] for doc in scenario.documents] for lane in scenario.lanes]
+    scores = [answers[lane.instruction][0] for lane in scenario.lanes]
+    withheld = answers[None][0]
+    instructed_ndcg = ndcg(grades, [values.tolist() for values in scores])
+    withheld_ndcg = ndcg(grades, [withheld.tolist()] * len(grades))
+    return [
+        _ScoredLane(
+            scenario=number,
+            kind=lane.kind,
+            grades=np.array(grades[position], dtype=np.int64),
+            scores=scores[position],
+            withheld=withheld,
+            shifts=answers[lane.instruction][1],
+            ndcg=float(instructed_ndcg[position]),
+            ndcg_withheld=float(withheld_ndcg[position]),
+        )
+        for position, lane in enumerate(scenario.lanes)
+    ]
+
+
+def _score(
+    reranker: SupportsScore, scenario: Scenario, text: str | None
+) -> tuple[FloatArray, FloatArray]:
+    """The scores under one instruction, and by how much injected texts moved them."""
+    documents = scenario.documents
+    attacked = [i for i, doc in enumerate(documents) if doc.text_without_injection is not None]
+    contents = [(doc, doc.text) for doc in documents]
+    contents += [(documents[i], documents[i].text_without_injection or "") for i in attacked]
+    values = reranker.score(
+        scenario.query,
+        [Document(content, metadata=doc.metadata, id=doc.id) for doc, content in contents],
+        instruction=None if text is None else Instruction(text, today=scenario.today),
+        attributes=attribute_fields(scenario),
+    )
+    if len(values) != len(contents):
+        raise ScorerError(
+            f"{reranker.scorer.name!r} returned {len(values)} scores for {len(contents)} documents "
+            f"of scenario {scenario.id!r}; expected one for each document, in input order"
+        )
+    given = np.array(values, dtype=float)
+    scores = np.where(np.isfinite(given), given, np.nan)
+    return scores[: len(documents)], scores[attacked] - scores[len(documents) :]
+
+
+def _flips(lanes: Sequence[_ScoredLane]) -> list[_Flips]:
+    """Every two lanes of the same scenario, compared."""
+    return [
+        _Flips(
+            scenario=number,
+            kinds=frozenset({a.kind, b.kind}),
+            right=flip_outcomes(a.grades, b.grades, a.scores, b.scores),
+        )
+        for number, members in groupby(lanes, key=lambda lane: lane.scenario)
+        for a, b in combinations(members, 2)
+    ]
+
+
+def _report_kind(
+    kind: LaneKind, lanes: Sequence[_ScoredLane], flips: Sequence[_Flips]
+) -> KindReport:
+    chosen = [lane for lane in lanes if lane.kind == kind]
+    with_instruction = chosen if kind != "none" else []
+    return KindReport(
+        lanes=len(chosen),
+        ndcg=_mean((lane.scenario, lane.ndcg) for lane in chosen),
+        ndcg_withheld=_mean((lane.scenario, lane.ndcg_withheld) for lane in with_instruction),
+        lift=_mean((lane.scenario, lane.lift) for lane in with_instruction),
+        flip_accuracy=_mean((flip.scenario, flip.right) for flip in flips if kind in flip.kinds),
+        ece=_calibration_error(chosen),
+        brier=_brier(chosen),
+    )
+
+
+def _mean(terms: Iterable[tuple[int, ArrayLike]]) -> Estimate | None:
+    """The mean over (scenario, values), without NaN; `None` where nothing is left."""
+    groups = [(number, np.atleast_1d(np.asarray(part, dtype=float))) for number, part in terms]
+    if not groups:
+        return None
+    values = np.concatenate([part for _, part in groups])
+    scenarios = np.repeat([number for number, _ in groups], [part.size for _, part in groups])
+    kept = ~np.isnan(values)
+    if not kept.any():
+        return None
+    low, high = bootstrap_interval(values[kept], scenarios[kept], n=RESAMPLES, seed=SEED)
+    return Estimate(value=float(values[kept].mean()), low=low, high=high, n=int(kept.sum()))
+
+
+def _brier(lanes: Sequence[_ScoredLane]) -> Estimate | None:
+    if not _are_probabilities(lanes):
+        return None
+    return _mean(
+        (lane.scenario, brier_terms(lane.scores, lane.grades >= RELEVANT_GRADE)) for lane in lanes
+    )
+
+
+def _calibration_error(lanes: Sequence[_ScoredLane]) -> Estimate | None:
+    if not _are_probabilities(lanes):
+        return None
+    scores = np.concatenate([lane.scores for lane in lanes])
+    labels = np.concatenate([lane.grades >= RELEVANT_GRADE for lane in lanes])
+    scenarios = np.concatenate([np.full(lane.scores.size, lane.scenario) for lane in lanes])
+    kept = ~np.isnan(scores)
+    scores, labels, scenarios = scores[kept], labels[kept], scenarios[kept]
+    low, high = bootstrap_calibration_interval(scores, labels, scenarios, n=RESAMPLES, seed=SEED)
+    value = expected_calibration_error(scores, labels)
+    return Estimate(value=value, low=low, high=high, n=scores.size)
+
+
+def _are_probabilities(lanes: Sequence[_ScoredLane]) -> bool:
+    """Whether there are finite scores and all of them lie in [0, 1]."""
+    scores = np.concatenate([lane.scores for lane in lanes])
+    finite = scores[~np.isnan(scores)]
+    return bool(finite.size and finite.min() >= 0 and finite.max() <= 1)
+
+
+def _named_estimates(report: BaseModel, prefix: str) -> list[tuple[str, Estimate]]:
+    fields = ((name, getattr(report, name)) for name in type(report).model_fields)
+    return [(prefix + name, value) for name, value in fields if isinstance(value, Estimate)]

@@ -1,0 +1,228 @@
+"""From lanes of text to token ids: marker integrity, budgets, attributes and windows.
+
+Every lane is tokenised on its own and lanes meet only as lists of token ids, so nothing that a
+text says can move a token into another lane. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from lanerank.contracts import Candidate, Lane, LongDocuments
+from lanerank.errors import InputError, ModelLoadError
+
+_MAX_ATTRIBUTE_CHARS = 200
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}(?:$|[T ])")
+
+
+def clean_text(text: str) -> str:
+    """Drop NUL bytes and replace lone surrogates by U+FFFD, so that any `str` can be encoded."""
+    if text.isascii():
+        return text.replace("\0", "")
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole.replace("\0", "")
+
+
+def describe_age(date: dt.date, today: dt.date) -> str:
+    """How long before `today` a date lies, in the words a person would use.
+
+    Small models cannot subtract dates, so the attributes lane says the difference.
+    """
+    days = (today - date).days
+    if days < 0:
+        return "in the future"
+    if days == 0:
+        return "today"
+    for unit, length in (("year", 365.25), ("month", 30.44), ("week", 7), ("day", 1)):
+        count = int(days / length + 0.05)
+        # Below two years months tell more than years; below two months weeks do.
+        if count >= 2 or (unit == "day" and count):
+            return f"{count} {unit}{'s' if count > 1 else ''} old"
+    return "1 day old"
+
+
+def render_attributes(
+    metadata: Mapping[str, object], fields: Sequence[str], today: dt.date | None = None
+) -> str:
+    """The attributes lane of one document: `"date: 2025-01-15 (3 months old); region: DE"`.
+
+    Args:
+        metadata: The document's metadata.
+        fields: The names to take, in this order. A name that is absent, or whose value is `None`
+            or blank, is left out.
+        today: If given, a value that is a date (or an ISO 8601 string) is followed by its age.
+
+    Returns:
+        One line; the empty string if no field has a value. Values longer than 200 characters are
+        cut, because an attribute is a fact about a document and not another document.
+    """
+    parts = []
+    for field in fields:
+        value = metadata.get(field)
+        if isinstance(value, (list, tuple, set, frozenset)):
+            value = ", ".join(str(item) for item in value)
+        text = " ".join(clean_text(str(value)).split()) if value is not None else ""
+        if not text:
+            continue
+        date = _as_date(value) if today else None
+        age = f" ({describe_age(date, today)})" if date and today else ""
+        parts.append(f"{clean_text(field)}: {text[:_MAX_ATTRIBUTE_CHARS]}{age}")
+    return "; ".join(parts)
+
+
+def _as_date(value: object) -> dt.date | None:
+    if isinstance(value, dt.datetime):
+        return value.date()
+    if isinstance(value, dt.date):
+        return value
+    if isinstance(value, str) and _DATE.match(value.strip()):
+        try:
+            return dt.date.fromisoformat(value.strip()[:10])
+        except ValueError:
+            return None
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedCandidate:
+    """One window of a candidate: the attributes lane and a part of the document lane."""
+
+    index: int
+    """Position of the candidate in the request."""
+    attributes: tuple[int, ...]
+    document: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """The number of tokens of both lanes."""
+        return len(self.attributes) + len(self.document)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneBudgets:
+    """How many tokens each lane may have, framing tokens included."""
+
+    instruction: int = 512
+    query: int = 512
+    attributes: int = 128
+    document: int = 512
+    window_overlap: int = 64
+    """Tokens that two neighbouring windows of a long document share."""
+
+
+class LaneTokenizer:
+    """Turns each lane into `[CLS] content [SEP]`, with content that cannot contain a marker.
+
+    Args:
+        tokenizer: The model's tokenizer. It is copied, so that its settings are ours alone.
+        budgets: Token limits of the lanes.
+        cls_token: The token that opens a lane.
+        sep_token: The token that closes a lane.
+
+    Raises:
+        ModelLoadError: The tokenizer does not have one of the two tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        budgets: LaneBudgets | None = None,
+        *,
+        cls_token: str = "[CLS]",
+        sep_token: str = "[SEP]",
+    ) -> None:
+        """Copy the tokenizer and switch its special tokens off for content."""
+        self.budgets = budgets or LaneBudgets()
+        # A private copy, never changed after this: `Tokenizer` is only thread-safe while nobody
+        # changes its settings.
+        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.reserved_ids: frozenset[int] = frozenset(added)
+        """Ids that content can never produce: every special and added token."""
+        ids = {token: self._tokenizer.token_to_id(token) for token in (cls_token, sep_token)}
+        for token, token_id in ids.items():
+            if token_id is None:
+                raise ModelLoadError(f"the tokenizer has no {token!r} token; use the model's own")
+        self._cls, self._sep = ids[cls_token], ids[sep_token]
+
+    def content(self, text: str) -> list[int]:
+        """The ids of a text, none of them reserved.
+
+        The tokenizer already reads `"[SEP]"` as plain characters; the filter makes it a property
+        of this function rather than of the tokenizer. It also drops unknown-token ids, which
+        stand for characters that the model cannot read.
+        """
+        ids = self._tokenizer.encode(clean_text(text), add_special_tokens=False).ids
+        return [token for token in ids if token not in self.reserved_ids]
+
+    def frame(self, content: Sequence[int]) -> tuple[int, ...]:
+        """Content between the two tokens that open and close a lane."""
+        return (self._cls, *content, self._sep)
+
+    def trusted(self, lane: Lane, text: str) -> tuple[int, ...]:
+        """The ids of the instruction or query lane, whole.
+
+        Returns:
+            The framed ids; for an empty instruction, no ids at all.
+
+        Raises:
+            InputError: The text is longer than the lane's budget. A trusted lane is never cut,
+                because half a rule can mean its opposite.
+        """
+        if lane is Lane.INSTRUCTION and not text.strip():
+            return ()
+        budget = self.budgets.instruction if lane is Lane.INSTRUCTION else self.budgets.query
+        ids = self.frame(self._prefix(text, budget))
+        if len(ids) > budget:
+            raise InputError(
+                f"`{lane.name.lower()}` is longer than the {budget - 2} tokens this model reads "
+                f"(it has {len(text)} characters, beginning {text[:40]!r}); shorten it"
+            )
+        return ids
+
+    def candidate(
+        self, index: int, candidate: Candidate, long_documents: LongDocuments
+    ) -> tuple[list[TokenizedCandidate], bool]:
+        """The windows of one candidate, and whether a part of it is in none of them.
+
+        With `"truncate"` there is one window, from the beginning of the document; with
+        `"max_window"` windows overlap and cover the document to its end.
+        """
+        budgets = self.budgets
+        attributes = self.content(candidate.attributes)
+        cut = len(attributes) > budgets.attributes - 2
+        framed = self.frame(attributes[: budgets.attributes - 2]) if attributes else ()
+        room = budgets.document - 2
+        if long_documents == "truncate":
+            content = self._prefix(candidate.text, room)
+            window = TokenizedCandidate(index, framed, self.frame(content[:room]))
+            return [window], cut or len(content) > room
+        content = self.content(candidate.text)
+        step = room - budgets.window_overlap
+        last = max(0, len(content) - budgets.window_overlap)
+        starts = range(0, max(1, last), step)
+        return [
+            TokenizedCandidate(index, framed, self.frame(content[start : start + room]))
+            for start in starts
+        ], cut
+
+    def _prefix(self, text: str, room: int) -> list[int]:
+        """The ids of a text, or of enough of its beginning to tell that it exceeds `room`.
+
+        A document of a megabyte need not be tokenised to its end to keep its first 512 tokens.
+        The cut can only change the last word, which lies far beyond `room`.
+        """
+        for chars in (32 * room, 256 * room):
+            if len(text) <= chars:
+                break
+            content = self.content(text[:chars])
+            if len(content) > 2 * room:
+                return content[: 2 * room]
+        return self.content(text)

@@ -1,0 +1,335 @@
+"""The object a user holds: documents in, a ranking out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+
+from pydantic import ValidationError
+
+from lanerank.context import Resolved, Source, current_instruction, resolve_instruction
+from lanerank.contracts import (
+    Candidate,
+    Document,
+    LongDocuments,
+    RankedDocument,
+    Ranking,
+    RerankRequest,
+    Scorer,
+    Scores,
+    order_by_score,
+)
+from lanerank.errors import InputError, InstructionNotSupportedError, ScorerError
+from lanerank.instruction import InstructionLike
+from lanerank.lanes import render_attributes
+
+if TYPE_CHECKING:
+    from lanerank.checkpoint import DtypeName
+
+log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+OnUnsupported = Literal["raise", "prepend", "ignore"]
+DocumentLike = str | Document | Mapping[str, object]
+Progress = Callable[[int, int], None]
+
+
+class Reranker:
+    """Ranks documents for a query, under an instruction.
+
+    Args:
+        scorer: What scores; `Reranker.from_pretrained` loads one.
+        long_documents: What happens to a document longer than the model reads: `"truncate"` reads
+            its beginning, `"max_window"` scores overlapping windows and takes the best.
+        on_unsupported: What happens to an instruction that the model has no channel for:
+            `"raise"`, `"prepend"` it to the query, or `"ignore"` it. A ranking says which.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        *,
+        long_documents: LongDocuments = "truncate",
+        on_unsupported: OnUnsupported = "raise",
+    ) -> None:
+        """Check the options."""
+        self.scorer = scorer
+        self.long_documents = _one_of("long_documents", long_documents, LongDocuments)
+        self.on_unsupported = _one_of("on_unsupported", on_unsupported, OnUnsupported)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: DtypeName = "auto",
+        local_files_only: bool = False,
+        long_documents: LongDocuments = "truncate",
+        on_unsupported: OnUnsupported = "raise",
+    ) -> Reranker:
+        """Load a model; without a name the one that comes with lanerank, which works offline.
+
+        Args:
+            name_or_path: A folder, `"lanerank-mini"` (the default), or an id on the Hugging Face
+                hub.
+            revision: Branch, tag or commit on the hub.
+            device: `"cpu"`, `"cuda"`, `"mps"`; `"auto"` takes CUDA if there is one.
+            dtype: `"float32"`, `"bfloat16"`, `"float16"`; `"auto"` is bfloat16 where the device
+                has it natively.
+            local_files_only: Never ask the hub.
+            long_documents: See the class.
+            on_unsupported: See the class.
+
+        Raises:
+            InputError: An option is not known, or the device is not there.
+            ModelLoadError: The model cannot be loaded.
+        """
+        # The one local import: torch is loaded with the first model, not with lanerank.
+        from lanerank.checkpoint import load_scorer
+
+        scorer = load_scorer(
+            name_or_path,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            local_files_only=local_files_only,
+        )
+        return cls(scorer, long_documents=long_documents, on_unsupported=on_unsupported)
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[DocumentLike],
+        *,
+        instruction: InstructionLike = None,
+        attributes: Sequence[str] = (),
+        top_k: int | None = None,
+        long_documents: LongDocuments | None = None,
+        progress: Progress | None = None,
+    ) -> Ranking:
+        """Order documents by relevance to the query under the instruction.
+
+        Args:
+            query: What is searched for.
+            documents: Texts, `Document`s, or mappings with a `"text"` and optionally an `"id"`
+                and `"metadata"`; other keys of a mapping count as metadata.
+            instruction: What relevance means here. Without one, that of an enclosing
+                `use_instruction(...)` applies.
+            attributes: The metadata fields that the model may see; none by default.
+            top_k: Keep this many; all by default.
+            long_documents: Overrides the reranker's own setting.
+            progress: Called with the number of documents scored so far and in all.
+
+        Returns:
+            The best documents first; ties keep the input's order. No documents, empty ranking.
+
+        Raises:
+            InputError: An argument is not usable; the message names it.
+            InstructionNotSupportedError: The model has no channel for the instruction.
+            ScorerError: The scorer did not give one number for each document.
+        """
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int)):
+            raise InputError(f"`top_k` must be an int or None, got {top_k!r}")
+        if top_k is not None and top_k < 1:
+            raise InputError(f"`top_k` must be at least 1, got {top_k}; leave it out to keep all")
+        items = _documents(documents)
+        resolved = _resolve(instruction)
+        request, applied = self._request(query, items, resolved, attributes, long_documents)
+        scores = self._score(_with_progress(request, progress))
+        finite = [math.isfinite(value) for value in scores.values]
+        non_finite = tuple(i for i, ok in enumerate(finite) if not ok)
+        if non_finite:
+            log.warning(
+                "%s gave no finite score for documents %s; they sort last",
+                self.scorer.name,
+                reprlib.repr(non_finite),
+            )
+        cut = scores.truncated or (False,) * len(items)
+        return Ranking(
+            results=tuple(
+                RankedDocument(
+                    index=i, score=scores.values[i], document=items[i], truncated=cut[i]
+                )
+                for i in order_by_score(scores.values)[:top_k]
+            ),
+            query=query,
+            model=self.scorer.name,
+            instruction_fingerprint=resolved.instruction.fingerprint if applied else None,
+            instruction_source=str(resolved.source) if applied else None,
+            instruction_applied=applied,
+            non_finite=non_finite,
+        )
+
+    def score(
+        self,
+        query: str,
+        documents: Sequence[DocumentLike],
+        *,
+        instruction: InstructionLike = None,
+        attributes: Sequence[str] = (),
+        long_documents: LongDocuments | None = None,
+        progress: Progress | None = None,
+    ) -> list[float]:
+        """The scores in the order of the documents; arguments and errors as for `rank`."""
+        items = _documents(documents)
+        resolved = _resolve(instruction)
+        request, _ = self._request(query, items, resolved, attributes, long_documents)
+        return list(self._score(_with_progress(request, progress)).values)
+
+    async def arank(
+        self,
+        query: str,
+        documents: Sequence[DocumentLike],
+        *,
+        instruction: InstructionLike = None,
+        attributes: Sequence[str] = (),
+        top_k: int | None = None,
+        long_documents: LongDocuments | None = None,
+        progress: Progress | None = None,
+    ) -> Ranking:
+        """`rank` in a worker thread, so that the event loop goes on."""
+        return await asyncio.to_thread(
+            self.rank,
+            query,
+            documents,
+            instruction=instruction,
+            attributes=attributes,
+            top_k=top_k,
+            long_documents=long_documents,
+            progress=progress,
+        )
+
+    def __repr__(self) -> str:
+        """Name the model."""
+        return f"Reranker({self.scorer.name!r})"
+
+    def _request(
+        self,
+        query: str,
+        items: tuple[Document, ...],
+        resolved: Resolved,
+        attributes: Sequence[str],
+        long_documents: LongDocuments | None,
+    ) -> tuple[RerankRequest, Literal["lane", "prepended", "ignored"] | None]:
+        if not isinstance(query, str) or not query.strip():
+            raise InputError(f"`query` must be a str that is not blank, got {query!r}")
+        fields = _fields(attributes)
+        today = resolved.instruction.effective_today()
+        text = resolved.instruction.render(today)
+        applied: Literal["lane", "prepended", "ignored"] | None = "lane" if text else None
+        if text and not self.scorer.supports_instructions:
+            if self.on_unsupported == "raise":
+                raise InstructionNotSupportedError(
+                    f"{self.scorer.name!r} has no channel for an instruction, got "
+                    f"{reprlib.repr(text)}; use a model that has one, or choose "
+                    "`on_unsupported='prepend'` or 'ignore'"
+                )
+            prepend = self.on_unsupported == "prepend"
+            applied = "prepended" if prepend else "ignored"
+            query = f"{text} {query}" if prepend else query
+            text = ""
+        request = RerankRequest(
+            query=query,
+            instruction=text,
+            candidates=tuple(
+                Candidate(
+                    text=item.text,
+                    attributes=render_attributes(item.metadata, fields, today) if fields else "",
+                )
+                for item in items
+            ),
+            long_documents=_one_of(
+                "long_documents", long_documents or self.long_documents, LongDocuments
+            ),
+        )
+        return request, applied
+
+    def _score(self, request: RerankRequest) -> Scores:
+        if not request.candidates:
+            return Scores(())
+        scores = self.scorer.score(request)
+        expected = len(request.candidates)
+        if len(scores.values) != expected or len(scores.truncated) not in (0, expected):
+            raise ScorerError(
+                f"{self.scorer.name!r} gave {len(scores.values)} scores and "
+                f"{len(scores.truncated)} truncation flags for {expected} documents"
+            )
+        try:
+            return Scores(tuple(map(float, scores.values)), tuple(scores.truncated))
+        except (TypeError, ValueError) as error:
+            raise ScorerError(f"{self.scorer.name!r} gave a score that is no number") from error
+
+
+def _resolve(instruction: InstructionLike) -> Resolved:
+    return resolve_instruction(
+        [(Source.ARGUMENT, instruction), (Source.USE_INSTRUCTION, current_instruction())]
+    )
+
+
+def _with_progress(request: RerankRequest, progress: Progress | None) -> RerankRequest:
+    return replace(request, progress=progress) if progress else request
+
+
+def _documents(documents: Iterable[DocumentLike]) -> tuple[Document, ...]:
+    if isinstance(documents, (str, bytes, Mapping, Document)) or not isinstance(
+        documents, Iterable
+    ):
+        raise InputError(
+            f"`documents` must be a list of str, Document or mapping, got "
+            f"{type(documents).__name__}; wrap a single document in a list"
+        )
+    return tuple(_document(i, item) for i, item in enumerate(documents))
+
+
+def _document(index: int, item: object) -> Document:
+    if isinstance(item, Document):
+        return item
+    if isinstance(item, str):
+        return Document(item)
+    if not isinstance(item, Mapping):
+        raise InputError(
+            f"`documents[{index}]` must be a str, Document or mapping, got "
+            f"{type(item).__name__}: {reprlib.repr(item)}"
+        )
+    if not isinstance(item.get("text"), str):
+        raise InputError(
+            f"`documents[{index}]` has no 'text' that is a str; its keys are "
+            f"{reprlib.repr(list(item))}"
+        )
+    metadata = item.get("metadata") or {}
+    identifier = item.get("id")
+    if not isinstance(metadata, Mapping):
+        raise InputError(
+            f"`documents[{index}]['metadata']` must be a mapping, got {reprlib.repr(metadata)}"
+        )
+    others = {k: v for k, v in item.items() if k not in ("text", "id", "metadata")}
+    try:
+        return Document(
+            item["text"],
+            id=None if identifier is None else str(identifier),
+            metadata={**others, **metadata},
+        )
+    except ValidationError as error:
+        raise InputError(f"`documents[{index}]` is not usable: {error}") from error
+
+
+def _fields(attributes: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(attributes, str) or not all(isinstance(name, str) for name in attributes):
+        raise InputError(
+            f"`attributes` must be a list of metadata field names, got {attributes!r}"
+        )
+    return tuple(attributes)
+
+
+def _one_of(name: str, value: _T, literal: object) -> _T:
+    if value not in get_args(literal):
+        raise InputError(f"`{name}` must be one of {get_args(literal)}, got {value!r}")
+    return value

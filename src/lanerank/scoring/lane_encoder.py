@@ -1,0 +1,171 @@
+"""Inference with a lane encoder: trusted lanes once, documents in batches of similar length."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lanerank.contracts import Lane, RerankRequest, Scores
+from lanerank.errors import InputError
+from lanerank.lanes import LaneTokenizer, TokenizedCandidate
+from lanerank.scoring.modeling_lane_encoder import LaneEncoder, LaneStates, join_lanes
+
+_CANDIDATES_PER_CHUNK = 1024
+"""How many candidates are tokenised and sorted by length at a time; bounds memory."""
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes in it natively, float32 elsewhere."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "cpu":
+        known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        if any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+            return torch.bfloat16
+    return torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class TrustedLanes:
+    """The trusted lanes of one request: all that a candidate gets to see above itself."""
+
+    instruction: LaneStates
+    query: LaneStates
+    joined: LaneStates
+
+
+class LaneEncoderScorer:
+    """Scores with a lane encoder; safe to call from several threads.
+
+    Args:
+        model: The lane encoder; it is moved to `device` and `dtype` in place.
+        lanes: Its tokenizer.
+        name: The name that rankings carry.
+        device: Where to compute.
+        dtype: The precision of the encoder; by default `default_dtype(device)`. The head, which
+            turns pooled lanes into a score, always computes in float32.
+        tokens_per_batch: Upper bound of the tokens in one forward pass, padding included. Bounds
+            memory, whatever the number and length of the documents.
+        cached_instructions: How many instructions to keep computed across calls.
+    """
+
+    def __init__(
+        self,
+        model: LaneEncoder,
+        lanes: LaneTokenizer,
+        *,
+        name: str = "lane-encoder",
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        tokens_per_batch: int = 4096,
+        cached_instructions: int = 32,
+    ) -> None:
+        """Put the model into inference mode."""
+        self.name = name
+        self.lanes = lanes
+        self.device = torch.device(device)
+        self.dtype = dtype or default_dtype(self.device)
+        self.model = model.to(self.device).cast_encoder(self.dtype).eval().requires_grad_(False)
+        self.tokens_per_batch = tokens_per_batch
+        self._cached_instructions = cached_instructions
+        self._cache: OrderedDict[tuple[int, ...], LaneStates] = OrderedDict()
+        self._cache_lock = threading.Lock()
+
+    @property
+    def supports_instructions(self) -> bool:
+        """Always: the instruction has a lane of its own."""
+        return True
+
+    def score(self, request: RerankRequest) -> Scores:
+        """Score every candidate of the request.
+
+        Raises:
+            InputError: The instruction or the query is longer than its lane, which is never cut.
+        """
+        total = len(request.candidates)
+        values = [0.0] * total
+        truncated = [False] * total
+        with torch.inference_mode():
+            trusted = self.trusted_lanes(request.instruction, request.query)
+            for start in range(0, total, _CANDIDATES_PER_CHUNK):
+                windows: list[TokenizedCandidate] = []
+                chunk = request.candidates[start : start + _CANDIDATES_PER_CHUNK]
+                for index, candidate in enumerate(chunk, start):
+                    parts, truncated[index] = self.lanes.candidate(
+                        index, candidate, request.long_documents
+                    )
+                    windows += parts
+                best = [float("-inf")] * total
+                for batch in self._batches(windows):
+                    logits = self._logits(batch, trusted)
+                    for window, logit in zip(batch, logits.tolist(), strict=True):
+                        # NaN compares false, so it is let through instead of being hidden.
+                        if not logit <= best[window.index]:
+                            best[window.index] = logit
+                done = min(start + _CANDIDATES_PER_CHUNK, total)
+                probabilities = torch.tensor(best[start:done], dtype=torch.float64).sigmoid()
+                values[start:done] = probabilities.tolist()
+                if request.progress is not None:
+                    request.progress(done, total)
+        return Scores(tuple(values), tuple(truncated))
+
+    def trusted_lanes(self, instruction: str, query: str) -> TrustedLanes:
+        """The trusted lanes of a request, computed without any document.
+
+        The instruction lane is a function of the instruction alone, and is kept for later calls.
+        """
+        above = self._instruction(self.lanes.trusted(Lane.INSTRUCTION, instruction))
+        ids = self.lanes.trusted(Lane.QUERY, query)
+        room = self.model.config.max_position_embeddings
+        if len(ids) > room:
+            raise InputError(f"`query` has {len(ids)} tokens, the model reads {room}; shorten it")
+        query_lane = self._encode(Lane.QUERY, ids, above)
+        return TrustedLanes(above, query_lane, join_lanes(above, query_lane))
+
+    def _instruction(self, ids: tuple[int, ...]) -> LaneStates:
+        with self._cache_lock:
+            if ids in self._cache:
+                self._cache.move_to_end(ids)
+                return self._cache[ids]
+        states = self._encode(Lane.INSTRUCTION, ids, None)
+        with self._cache_lock:
+            self._cache[ids] = states
+            while len(self._cache) > self._cached_instructions:
+                self._cache.popitem(last=False)
+        return states
+
+    def _encode(self, lane: Lane, ids: Sequence[int], above: LaneStates | None) -> LaneStates:
+        row = torch.tensor([ids], dtype=torch.long, device=self.device).reshape(1, -1)
+        return self.model.encode_trusted(lane, row, torch.ones_like(row, dtype=torch.bool), above)
+
+    def _batches(self, windows: list[TokenizedCandidate]) -> Iterator[list[TokenizedCandidate]]:
+        """Windows of similar length together, so that little of a batch is padding."""
+        ordered = sorted(windows, key=len, reverse=True)
+        start = 0
+        while start < len(ordered):
+            size = max(1, self.tokens_per_batch // len(ordered[start]))
+            yield ordered[start : start + size]
+            start += size
+
+    def _logits(self, batch: list[TokenizedCandidate], trusted: TrustedLanes) -> Tensor:
+        longest = len(batch[0])
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        lanes = torch.full_like(ids, int(Lane.DOCUMENT))
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for row, window in enumerate(batch):
+            ids[row, : len(window)] = torch.tensor(window.attributes + window.document)
+            lanes[row, : len(window.attributes)] = int(Lane.ATTRIBUTES)
+            mask[row, : len(window)] = True
+        return self.model.score_candidates(
+            ids.to(self.device),
+            lanes.to(self.device),
+            mask.to(self.device),
+            trusted.instruction,
+            trusted.query,
+            trusted.joined,
+        )
