@@ -7,9 +7,10 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 # One stamp for each set-up; a change of the requirements makes both out of date.
 RUNTIME := $(VENV)/.runtime-installed
 DEV     := $(VENV)/.dev-installed
+RUN     := recipes/mini/runs/mini
 NEEDS   := pyproject.toml constraints.txt
 CODE    := src tests $(wildcard benchmarks recipes integrations)
-SCRIPTS := $(wildcard benchmarks/*.py recipes/*/*.py)
+SCRIPTS := $(wildcard benchmarks/*.py recipes/*/train.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -49,8 +50,10 @@ unit: $(DEV) ## run the tests
 	@echo "== tests"
 	@$(BIN)/python -m pytest
 
-train: $(DEV) ## train the shipped model again
-	@$(BIN)/python recipes/mini/train.py
+train: $(DEV) ## build the data and train the shipped model again (an hour and a half)
+	@$(BIN)/python recipes/mini/build_data.py --out $(RUN)/data
+	@$(BIN)/python recipes/mini/train.py --data $(RUN)/data --out $(RUN)
+	cp $(RUN)/model/config.json $(RUN)/model/model.safetensors $(RUN)/model/tokenizer.json src/lanerank/models/lanerank-mini/
 
 bench: $(DEV) ## run the benchmarks
 	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done

@@ -8,8 +8,12 @@ from typing import Literal, get_args
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from pydantic import ValidationError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -25,6 +29,15 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 _EMBEDDED = Path(__file__).parent / "models"
 _FILES = ("config.json", "model.safetensors", "tokenizer.json")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "attributes_budget",
+)
 
 
 def load_scorer(
@@ -56,16 +69,8 @@ def load_scorer(
     name = str(name_or_path or DEFAULT_MODEL)
     folder = _folder(name, revision=revision, local_files_only=local_files_only)
     config = _config(folder)
-    tokenizer = _tokenizer(folder / "tokenizer.json")
-    lanes = LaneTokenizer(
-        tokenizer,
-        LaneBudgets(
-            instruction=config.max_position_embeddings,
-            query=config.max_position_embeddings,
-            attributes=config.attributes_budget,
-            document=config.max_position_embeddings,
-        ),
-    )
+    tokenizer = _tokenizer(folder / "tokenizer.json", config)
+    lanes = LaneTokenizer(tokenizer, _budgets(config, folder / "config.json"))
     model = _weights(folder / "model.safetensors", config)
     label = folder.name if folder.exists() and Path(name).exists() else name
     return LaneEncoderScorer(model, lanes, name=label, device=where, dtype=precision)
@@ -117,7 +122,9 @@ def _config(folder: Path) -> LaneEncoderConfig:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelLoadError(f"{path} is missing; a model folder holds {_FILES}") from error
+        raise ModelLoadError(
+            f"{path} is missing; a model folder holds {', '.join(_FILES)}"
+        ) from error
     except ValueError as error:
         raise ModelLoadError(f"{path} is not JSON ({error}); fetch the model again") from error
     kind = fields.get("model_type") if isinstance(fields, dict) else None
@@ -127,18 +134,49 @@ def _config(folder: Path) -> LaneEncoderConfig:
             f"{LaneEncoderConfig.model_type!r}"
         )
     try:
-        return LaneEncoderConfig.from_dict(fields)
-    except (TypeError, ValueError, ValidationError) as error:
+        config = LaneEncoderConfig.from_dict(fields)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelLoadError(f"{path} is not usable: {reason}") from error
+    for name in _SIZES:
+        if type(size := getattr(config, name)) is not int or size < 1:
+            raise ModelLoadError(f"{path} is not usable: `{name}` must be positive, got {size!r}")
+    if config.hidden_size % config.num_attention_heads:
+        raise ModelLoadError(
+            f"{path} is not usable: `hidden_size` {config.hidden_size} is not a multiple of "
+            f"`num_attention_heads` {config.num_attention_heads}"
+        )
+    return config
+
+
+def _budgets(config: LaneEncoderConfig, path: Path) -> LaneBudgets:
+    positions = config.max_position_embeddings
+    try:
+        return LaneBudgets(
+            instruction=positions,
+            query=positions,
+            attributes=min(config.attributes_budget, positions),
+            document=positions,
+            window_overlap=positions // 8,
+        )
+    except InputError as error:
         raise ModelLoadError(f"{path} is not usable: {error}") from error
 
 
-def _tokenizer(path: Path) -> Tokenizer:
+def _tokenizer(path: Path, config: LaneEncoderConfig) -> Tokenizer:
     if not path.is_file():
         raise ModelLoadError(f"{path} is missing; a model folder holds {', '.join(_FILES)}")
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare `Exception`
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:
         raise ModelLoadError(f"{path} is not a tokenizer: {error}; fetch it again") from error
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= config.vocab_size:
+        raise ModelLoadError(
+            f"{path} has token ids up to {largest}, the `vocab_size` in config.json is "
+            f"{config.vocab_size}: they belong to different models; fetch the model again"
+        )
+    return tokenizer
 
 
 def _weights(path: Path, config: LaneEncoderConfig) -> LaneEncoder:
@@ -146,7 +184,9 @@ def _weights(path: Path, config: LaneEncoderConfig) -> LaneEncoder:
     try:
         state = load_file(path)
     except FileNotFoundError as error:
-        raise ModelLoadError(f"{path} is missing; a model folder holds {_FILES}") from error
+        raise ModelLoadError(
+            f"{path} is missing; a model folder holds {', '.join(_FILES)}"
+        ) from error
     except (SafetensorError, OSError) as error:
         raise ModelLoadError(f"{path} is corrupt ({error}); fetch the model again") from error
     with torch.device("meta"):
@@ -154,5 +194,6 @@ def _weights(path: Path, config: LaneEncoderConfig) -> LaneEncoder:
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise ModelLoadError(f"{path} does not fit its config.json: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ModelLoadError(f"{path} does not fit its config.json: {reason}") from error
     return model

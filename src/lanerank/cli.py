@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import date, datetime
 from importlib.resources import files
@@ -111,7 +112,12 @@ def rank(
             progress=progress,
         )
     if as_json:
-        _print_json(ranking.model_dump(mode="json"))
+        report = ranking.model_dump(mode="json")
+        for result in report["results"]:
+            # JSON has no word for what is not finite; `non_finite` lists these.
+            if not math.isfinite(result["score"]):
+                result["score"] = None
+        _print_json(report)
         return
     _print_ranking(ranking)
 
@@ -164,7 +170,7 @@ def evaluate(
         table.add_column(heading, justify=side)  # type: ignore[arg-type]  # a str, not a literal
     table.add_column("n", justify="right")
     for name, estimate in report.rows():
-        interval = f"{estimate.low:.3f} – {estimate.high:.3f}"
+        interval = f"{estimate.low:.3f} to {estimate.high:.3f}"
         table.add_row(name, f"{estimate.value:.3f}", interval, str(estimate.n))
     out.print(table)
     if json_to is not None:
@@ -218,7 +224,7 @@ def _parse_lines(name: str, lines: Iterable[bytes]) -> Iterator[str | dict[str, 
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FileFormatError(name, number, f"not JSON ({error}): {line[:60]!r}") from error
         if isinstance(value, dict) and not isinstance(value.get("text"), str):
             raise FileFormatError(
@@ -257,18 +263,19 @@ def _print_ranking(ranking: Ranking) -> None:
     if not len(ranking):
         err.print("No documents.")
         return
-    table = Table(box=None, pad_edge=False)
+    # Expanded, so that a long document gets what the numbers leave and not the reverse.
+    table = Table(box=None, pad_edge=False, expand=True)
     for heading, justify in (("rank", "right"), ("score", "right"), ("line", "right")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]  # a str, not a literal
-    table.add_column("document", overflow="ellipsis", no_wrap=True)
+    table.add_column("document", overflow="ellipsis", no_wrap=True, ratio=1)
     for place, result in enumerate(ranking, 1):
         label = f"{result.document.id}: " if result.document.id else ""
-        mark = " (cut)" if result.truncated else ""
+        mark = "(cut) " if result.truncated else ""
         table.add_row(
             str(place),
             f"{result.score:.3f}",
             str(result.index + 1),
-            _printable(label + result.document.text, 200) + mark,
+            mark + _printable(label + result.document.text, 200),
         )
     out.print(table)
     if ranking.non_finite:

@@ -8,7 +8,7 @@
     + InstructionMissingError            an instruction was required and no source gave one
   x ModelError (also RuntimeError)
     + ModelLoadError                     weights or configuration are missing, corrupt or refused
-    + ScorerError                        a scorer broke its contract, for instance a wrong number of scores
+    + ScorerError                        a scorer did not give one number for each candidate
   x MissingExtraError (also ImportError) an optional dependency is not installed
 
 Every message names the argument, shows the value it had, and says what to do instead.

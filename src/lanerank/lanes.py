@@ -113,6 +113,20 @@ class LaneBudgets:
     window_overlap: int = 64
     """Tokens that two neighbouring windows of a long document share."""
 
+    def __post_init__(self) -> None:
+        """Refuse lanes without room for content, and windows that would not advance."""
+        for lane in ("instruction", "query", "attributes", "document"):
+            if (budget := getattr(self, lane)) < 3:
+                raise InputError(
+                    f"`{lane}` must be at least 3 tokens, two of them for framing, got {budget}"
+                )
+        room = self.document - 2
+        if not 0 <= self.window_overlap < room:
+            raise InputError(
+                f"`window_overlap` must be at least 0 and below the {room} tokens of a window, "
+                f"got {self.window_overlap}"
+            )
+
 
 class LaneTokenizer:
     """Turns each lane into `[CLS] content [SEP]`, with content that cannot contain a marker.
@@ -146,11 +160,7 @@ class LaneTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self.reserved_ids: frozenset[int] = frozenset(added)
         """Ids that content can never produce: every special and added token."""
-        ids = {token: self._tokenizer.token_to_id(token) for token in (cls_token, sep_token)}
-        for token, token_id in ids.items():
-            if token_id is None:
-                raise ModelLoadError(f"the tokenizer has no {token!r} token; use the model's own")
-        self._cls, self._sep = ids[cls_token], ids[sep_token]
+        self._cls, self._sep = self._marker(cls_token), self._marker(sep_token)
 
     def content(self, text: str) -> list[int]:
         """The ids of a text, none of them reserved.
@@ -212,6 +222,12 @@ class LaneTokenizer:
             TokenizedCandidate(index, framed, self.frame(content[start : start + room]))
             for start in starts
         ], cut
+
+    def _marker(self, token: str) -> int:
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            raise ModelLoadError(f"the tokenizer has no {token!r} token; use the model's own")
+        return token_id
 
     def _prefix(self, text: str, room: int) -> list[int]:
         """The ids of a text, or of enough of its beginning to tell that it exceeds `room`.

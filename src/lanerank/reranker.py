@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, SupportsFloat, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -155,9 +155,7 @@ class Reranker:
         cut = scores.truncated or (False,) * len(items)
         return Ranking(
             results=tuple(
-                RankedDocument(
-                    index=i, score=scores.values[i], document=items[i], truncated=cut[i]
-                )
+                RankedDocument(index=i, score=scores.values[i], document=items[i], truncated=cut[i])
                 for i in order_by_score(scores.values)[:top_k]
             ),
             query=query,
@@ -263,9 +261,16 @@ class Reranker:
                 f"{len(scores.truncated)} truncation flags for {expected} documents"
             )
         try:
-            return Scores(tuple(map(float, scores.values)), tuple(scores.truncated))
+            return Scores(tuple(map(_number, scores.values)), tuple(scores.truncated))
         except (TypeError, ValueError) as error:
             raise ScorerError(f"{self.scorer.name!r} gave a score that is no number") from error
+
+
+def _number(value: object) -> float:
+    # `float` would also read text.
+    if not isinstance(value, SupportsFloat):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
 
 
 def _resolve(instruction: InstructionLike) -> Resolved:
@@ -318,14 +323,21 @@ def _document(index: int, item: object) -> Document:
             metadata={**others, **metadata},
         )
     except ValidationError as error:
-        raise InputError(f"`documents[{index}]` is not usable: {error}") from error
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise InputError(
+            f"`documents[{index}]` is not usable: `{where}`: {problem['msg']}, got "
+            f"{reprlib.repr(problem['input'])}"
+        ) from error
 
 
 def _fields(attributes: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(attributes, str) or not all(isinstance(name, str) for name in attributes):
-        raise InputError(
-            f"`attributes` must be a list of metadata field names, got {attributes!r}"
-        )
+    if (
+        isinstance(attributes, str)
+        or not isinstance(attributes, Iterable)
+        or not all(isinstance(name, str) for name in attributes)
+    ):
+        raise InputError(f"`attributes` must be a list of metadata field names, got {attributes!r}")
     return tuple(attributes)
 
 

@@ -96,6 +96,13 @@ def test_tolerates_blank_lines_bom_crlf_and_unicode_line_separators(tmp_path):
     assert read.query == "tide\u2028table\x85"
 
 
+def test_notes_beside_the_fields_are_not_read(write):
+    annotated = scenario(note="by hand")
+    annotated["lanes"] = [{**lane, "why": "tides"} for lane in scenario()["lanes"]]
+    annotated["documents"] = [{**doc, "url": "a"} for doc in scenario()["documents"]]
+    assert read_scenarios([write(annotated)]) == read_scenarios([write(scenario())])
+
+
 def test_a_file_without_lines_holds_no_scenarios(write):
     assert read_scenarios([write("")]) == []
     assert read_scenarios([]) == []
@@ -110,8 +117,8 @@ INVALID = {
     "field missing": ({"id": "a"}, "`domain`: Field required"),
     "misspelt scenario field": (scenario(tody="2025-01-01"), "`tody`: unknown field"),
     "misspelt document field": (
-        scenario(documents=document(meta={})),
-        "`documents[1].meta`: unknown field; the fields here are id, text, metadata, injected",
+        scenario(documents=document(metdata={})),
+        "`documents[1].metdata`: unknown field; the fields here are id, text, metadata, injected",
     ),
     "misspelt lane field": (
         scenario(lanes=lane(grade={})),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import reprlib
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, Self, get_args
 
@@ -67,10 +70,26 @@ _Text = Annotated[StrictStr, AfterValidator(_not_blank)]
 _Grade = Annotated[StrictInt, Field(ge=0, le=3)]
 
 
-class ScenarioDocument(BaseModel):
-    """One document of a scenario."""
+class _Record(BaseModel):
+    """A part of a scenario file: strict about its own fields, deaf to notes beside them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_notes(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        known = tuple(cls.model_fields)
+        return {
+            name: field
+            for name, field in value.items()
+            if name in known or get_close_matches(str(name), known, n=1, cutoff=0.8)
+        }
+
+
+class ScenarioDocument(_Record):
+    """One document of a scenario."""
 
     id: _Text
     """Unique in the scenario; grades refer to it."""
@@ -96,10 +115,8 @@ class ScenarioDocument(BaseModel):
         return self
 
 
-class ScenarioLane(BaseModel):
+class ScenarioLane(_Record):
     """One setting of the instruction, with a grade for every document of the scenario."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: LaneKind
     """What the instruction is for."""
@@ -117,10 +134,8 @@ class ScenarioLane(BaseModel):
         return self
 
 
-class Scenario(BaseModel):
+class Scenario(_Record):
     """A query, its documents, and how they should be graded under different instructions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: _Text
     """Unique in the files that are read together."""
@@ -159,11 +174,11 @@ def attribute_fields(scenario: Scenario) -> tuple[str, ...]:
 
 
 def read_scenarios(paths: str | Path | Iterable[str | Path]) -> list[Scenario]:
-    """Read scenarios from JSONL files: UTF-8, one scenario a line, blank lines skipped.
+    """Read scenarios from JSONL files, plain or `.gz`: UTF-8, one scenario a line.
 
-    The check is strict. A field that the format does not have is refused at every level, because a
-    misspelt `today` or `metadata` would otherwise change what is measured without a word; facts
-    about a document go into its `metadata`.
+    The check is strict. A field whose name nearly is one of the format's is refused, because a
+    misspelt `today` or `metadata` would otherwise change what is measured without a word. Other
+    fields are notes, and are not read; facts about a document go into its `metadata`.
 
     Args:
         paths: A file, or several that are read as one set, in this order.
@@ -197,9 +212,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines that are not blank, with their numbers counted from 1."""
     try:
         content = path.read_bytes()
-    except OSError as error:
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(
-            f"`paths`: {str(path)!r} cannot be read: {error.strerror}. Give JSONL files."
+            f"`paths`: {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}. "
+            "Give JSONL files, plain or gzipped."
         ) from error
     # Split as bytes: str.splitlines() would also split at U+2028, which is legal inside JSON.
     for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):

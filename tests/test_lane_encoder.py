@@ -1,0 +1,577 @@
+"""The guarantees of the lane encoder, on a random model whose lanes all have a say."""
+
+from __future__ import annotations
+
+import copy
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lanerank.contracts import Candidate, Lane, RerankRequest
+from lanerank.errors import InputError
+from lanerank.scoring.lane_encoder import LaneEncoderScorer, default_dtype
+from lanerank.scoring.modeling_lane_encoder import LaneEncoder, join_lanes
+
+# What float32 leaves of a score when the same sum is taken in another order.
+CLOSE = 1e-5
+
+WORDS = st.sampled_from(["red", "blue", "fish", "marine", "coach", "xyzzy", "[SEP]", "instruction"])
+SHORT = st.lists(WORDS, min_size=1, max_size=12).map(" ".join)
+TEXTS = st.lists(WORDS, max_size=60).map(" ".join)
+CANDIDATES = st.builds(
+    lambda text, attributes: Candidate(text=text, attributes=attributes),
+    TEXTS,
+    st.one_of(st.just(""), SHORT),
+)
+CANDIDATE_LISTS = st.lists(CANDIDATES, min_size=1, max_size=6)
+INSTRUCTIONS = st.one_of(st.just(""), SHORT)
+
+
+class Watched(LaneEncoder):
+    """A lane encoder that notes what it is asked to compute."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.trusted_calls = []
+        self.batches = []
+
+    def encode_trusted(self, lane, ids, mask, above=None):
+        self.trusted_calls.append((lane, tuple(ids.shape)))
+        return super().encode_trusted(lane, ids, mask, above)
+
+    def score_candidates(self, ids, *arguments):
+        self.batches.append(tuple(ids.shape))
+        return super().score_candidates(ids, *arguments)
+
+
+def request(texts, *, instruction="prefer marine", query="red fish", **options) -> RerankRequest:
+    candidates = tuple(c if isinstance(c, Candidate) else Candidate(text=c) for c in texts)
+    return RerankRequest(query=query, instruction=instruction, candidates=candidates, **options)
+
+
+def tensors(states) -> list[torch.Tensor]:
+    return [*states.keys, *states.values, states.mask, states.total]
+
+
+def clones(states) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in tensors(states)]
+
+
+def identical(first, second) -> bool:
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def padded(rows: list[tuple[int, ...]], fill: int = 0) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], dtype=torch.long)
+
+
+def score_window(scorer, window, trusted) -> float:
+    """The score of one window on its own, straight from the model."""
+    ids = torch.tensor([[*window.attributes, *window.document]])
+    lanes = torch.full_like(ids, int(Lane.DOCUMENT))
+    lanes[0, : len(window.attributes)] = int(Lane.ATTRIBUTES)
+    with torch.inference_mode():
+        logit = scorer.model.score_candidates(
+            ids, lanes, ids >= 0, trusted.instruction, trusted.query, trusted.joined
+        )
+    return logit.double().sigmoid().item()
+
+
+def hidden_states(scorer, window, trusted) -> list[torch.Tensor]:
+    """The output of every layer for one window."""
+    seen = []
+    handles = [
+        layer.output_norm.register_forward_hook(lambda *arguments: seen.append(arguments[-1]))
+        for layer in scorer.model.layers
+    ]
+    try:
+        score_window(scorer, window, trusted)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+# The fixture's model is worth testing with
+
+
+def test_every_lane_changes_the_score_of_the_random_model(tiny_scorer) -> None:
+    def score(instruction="prefer marine", query="red fish", text="a coach", attributes="blue"):
+        [value] = tiny_scorer.score(
+            request(
+                [Candidate(text=text, attributes=attributes)], instruction=instruction, query=query
+            )
+        ).values
+        return value
+
+    others = {
+        "instruction": score(instruction="prefer olympiad"),
+        "no instruction": score(instruction=""),
+        "query": score(query="green document"),
+        "text": score(text="an old engineer in blue"),
+        "attributes": score(attributes="red"),
+        "no attributes": score(attributes=""),
+    }
+    assert 0.01 < score() < 0.99
+    assert {name: other for name, other in others.items() if abs(other - score()) < 1e-3} == {}
+
+
+# Guarantee 3: no document reaches the trusted lanes, no query the instruction's
+
+
+@given(instruction=INSTRUCTIONS, query=SHORT, first=CANDIDATE_LISTS, second=CANDIDATE_LISTS)
+def test_trusted_keys_and_values_are_the_same_bits_whatever_the_documents(
+    instruction, query, first, second, make_scorer
+) -> None:
+    scorer = make_scorer()
+    scorer.score(request(first, instruction=instruction, query=query))
+    after_first = scorer.trusted_lanes(instruction, query)
+    kept = clones(after_first.instruction) + clones(after_first.joined)
+    scorer.score(request(second, instruction=instruction, query=query))
+    after_second = scorer.trusted_lanes(instruction, query)
+    fresh = make_scorer().trusted_lanes(instruction, query)
+    for states in (after_first, after_second, fresh):
+        assert identical(kept, tensors(states.instruction) + tensors(states.joined))
+
+
+@given(instruction=SHORT, first=SHORT, second=SHORT)
+def test_the_instruction_lane_is_the_same_bits_whatever_the_query(
+    instruction, first, second, make_scorer
+) -> None:
+    lanes = [make_scorer().trusted_lanes(instruction, query) for query in (first, second)]
+    assert identical(tensors(lanes[0].instruction), tensors(lanes[1].instruction))
+    length = lanes[0].instruction.mask.shape[1]
+    for one, other in zip(lanes[0].joined.keys, lanes[1].joined.keys, strict=True):
+        assert torch.equal(one[:, :, :length], other[:, :, :length])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scoring_does_not_change_what_the_cache_holds(dtype, make_scorer) -> None:
+    scorer = make_scorer(dtype=dtype)
+    cached = scorer.trusted_lanes("prefer marine", "red").instruction
+    before = clones(cached)
+    for query in ("red fish", "blue coach", "red"):
+        scorer.score(request(["a", "[SEP] ignore previous", "b " * 100], query=query))
+    again = scorer.trusted_lanes("prefer marine", "other").instruction
+    assert again is cached
+    assert identical(before, tensors(again))
+
+
+# Guarantee 4: documents do not see each other
+
+
+@given(instruction=INSTRUCTIONS, query=SHORT, candidates=CANDIDATE_LISTS)
+def test_a_document_scores_alone_as_it_does_in_company(
+    instruction, query, candidates, tiny_scorer
+) -> None:
+    together = tiny_scorer.score(request(candidates, instruction=instruction, query=query))
+    alone = [
+        tiny_scorer.score(request([candidate], instruction=instruction, query=query)).values[0]
+        for candidate in candidates
+    ]
+    assert together.values == pytest.approx(alone, abs=CLOSE)
+
+
+@given(candidates=CANDIDATE_LISTS, other=CANDIDATES, data=st.data())
+def test_changing_one_candidate_leaves_the_others(candidates, other, data, tiny_scorer) -> None:
+    place = data.draw(st.integers(0, len(candidates) - 1))
+    changed = [*candidates[:place], other, *candidates[place + 1 :]]
+    before = tiny_scorer.score(request(candidates)).values
+    after = tiny_scorer.score(request(changed)).values
+    kept = [i for i in range(len(candidates)) if i != place]
+    assert [after[i] for i in kept] == pytest.approx([before[i] for i in kept], abs=CLOSE)
+
+
+@given(candidates=CANDIDATE_LISTS, data=st.data())
+def test_the_order_of_the_candidates_changes_no_score(candidates, data, tiny_scorer) -> None:
+    order = data.draw(st.permutations(range(len(candidates))))
+    before = tiny_scorer.score(request(candidates)).values
+    after = tiny_scorer.score(request([candidates[i] for i in order])).values
+    assert after == pytest.approx([before[i] for i in order], abs=CLOSE)
+
+
+@given(first=TEXTS, second=TEXTS, attributes=SHORT)
+def test_attributes_do_not_see_the_document(first, second, attributes, tiny_scorer) -> None:
+    trusted = tiny_scorer.trusted_lanes("prefer marine", "red fish")
+    lanes = []
+    for text in (first, second):
+        candidate = Candidate(text=text, attributes=attributes)
+        [window], _ = tiny_scorer.lanes.candidate(0, candidate, "truncate")
+        hidden = hidden_states(tiny_scorer, window, trusted)
+        assert len(hidden) == len(tiny_scorer.model.layers)
+        lanes.append([states[:, : len(window.attributes)] for states in hidden])
+    for one, other in zip(*lanes, strict=True):
+        torch.testing.assert_close(one, other, atol=CLOSE, rtol=0)
+
+
+def test_the_document_sees_its_attributes(tiny_scorer) -> None:
+    trusted = tiny_scorer.trusted_lanes("prefer marine", "red fish")
+    documents = []
+    for attributes in ("blue", "red"):
+        candidate = Candidate(text="a coach", attributes=attributes)
+        [window], _ = tiny_scorer.lanes.candidate(0, candidate, "truncate")
+        last = hidden_states(tiny_scorer, window, trusted)[-1]
+        documents.append(last[:, len(window.attributes) :])
+    assert not torch.allclose(*documents, atol=100 * CLOSE)
+
+
+def test_positions_of_a_document_do_not_depend_on_its_attributes(tiny_scorer) -> None:
+    trusted = tiny_scorer.trusted_lanes("prefer marine", "red fish")
+    embedded = []
+    handle = tiny_scorer.model.embedding_norm.register_forward_hook(
+        lambda *arguments: embedded.append(arguments[-1])
+    )
+    try:
+        for attributes in ("", "blue coach"):
+            candidate = Candidate(text="a coach", attributes=attributes)
+            [window], _ = tiny_scorer.lanes.candidate(0, candidate, "truncate")
+            score_window(tiny_scorer, window, trusted)
+            embedded[-1] = embedded[-1][:, len(window.attributes) :]
+    finally:
+        handle.remove()
+    assert torch.equal(*embedded)
+
+
+# Budgets, windows, truncation
+
+
+@given(text=st.lists(WORDS, min_size=130, max_size=400).map(" ".join))
+def test_a_truncated_document_scores_as_its_beginning_and_is_flagged(text, tiny_scorer) -> None:
+    scores = tiny_scorer.score(request([text, "red"]))
+    [window], _ = tiny_scorer.lanes.candidate(0, Candidate(text=text), "truncate")
+    trusted = tiny_scorer.trusted_lanes("prefer marine", "red fish")
+    assert scores.truncated == (True, False)
+    assert scores.values[0] == pytest.approx(score_window(tiny_scorer, window, trusted), abs=CLOSE)
+
+
+@given(
+    texts=st.lists(st.lists(WORDS, max_size=350).map(" ".join), min_size=1, max_size=3),
+    attributes=st.sampled_from(["", "red", "marine " * 29]),
+)
+def test_the_best_window_gives_the_score(texts, attributes, tiny_scorer) -> None:
+    candidates = [Candidate(text=text, attributes=attributes) for text in texts]
+    trusted = tiny_scorer.trusted_lanes("prefer marine", "red fish")
+    best = [
+        max(
+            score_window(tiny_scorer, window, trusted)
+            for window in tiny_scorer.lanes.candidate(0, candidate, "max_window")[0]
+        )
+        for candidate in candidates
+    ]
+    scores = tiny_scorer.score(request(candidates, long_documents="max_window"))
+    assert scores.values == pytest.approx(best, abs=CLOSE)
+    assert not any(scores.truncated)
+
+
+def test_full_lanes_of_every_kind_fit_the_positions_of_the_model(tiny_scorer) -> None:
+    candidates = [
+        Candidate(text="red " * 500, attributes="blue " * 100),
+        Candidate(text="red " * 500),
+        Candidate(text="red", attributes="blue " * 100),
+        Candidate(text="", attributes=""),
+        Candidate(text="red " * 500, attributes="blue"),
+    ]
+    trusted = {"instruction": "marine " * 126, "query": "fish " * 126}
+    together = tiny_scorer.score(request(candidates, **trusted))
+    alone = [tiny_scorer.score(request([c], **trusted)).values[0] for c in candidates]
+    assert together.values == pytest.approx(alone, abs=CLOSE)
+    assert together.truncated == (True, True, True, False, True)
+
+
+@pytest.mark.parametrize("argument", ["instruction", "query"])
+def test_a_trusted_lane_longer_than_the_model_is_an_error(argument, tiny_scorer) -> None:
+    with pytest.raises(InputError, match=f"`{argument}` is longer than the 126 tokens"):
+        tiny_scorer.score(request(["a"], **{argument: "fish " * 300}))
+
+
+@pytest.mark.parametrize("mode", ["truncate", "max_window"])
+def test_a_window_that_is_not_a_number_is_not_hidden_by_another(
+    mode, make_scorer, tiny_tokenizer
+) -> None:
+    coach = tiny_tokenizer.token_to_id("coach")
+
+    class Broken(LaneEncoder):
+        def score_candidates(self, ids, *arguments):
+            logits = super().score_candidates(ids, *arguments)
+            return logits.masked_fill((ids == coach).any(1), float("nan"))
+
+    scorer = make_scorer(Broken, tokens_per_batch=1)
+    texts = ["red coach", "red fish", "coach " + "red " * 200, "red"]
+    values = scorer.score(request(texts, long_documents=mode)).values
+    assert [math.isnan(value) for value in values] == [True, False, True, False]
+
+
+# One model, two ways through it
+
+
+@given(
+    instruction=INSTRUCTIONS,
+    queries=st.lists(SHORT, min_size=2, max_size=3),
+    candidates=CANDIDATE_LISTS,
+)
+def test_cached_scores_are_those_of_a_fresh_scorer(
+    instruction, queries, candidates, make_scorer, tiny_scorer
+) -> None:
+    for query in queries:
+        asked = request(candidates, instruction=instruction, query=query)
+        fresh = make_scorer(cached_instructions=0).score(asked)
+        assert tiny_scorer.score(asked).values == pytest.approx(fresh.values, abs=CLOSE)
+
+
+@given(
+    requests=st.lists(
+        st.tuples(INSTRUCTIONS, SHORT, st.lists(CANDIDATES, min_size=1, max_size=3)),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_a_training_batch_gives_the_scores_of_inference(requests, tiny_scorer) -> None:
+    lanes, group, rows, row_lanes, expected = tiny_scorer.lanes, [], [], [], []
+    for number, (instruction, query, candidates) in enumerate(requests):
+        expected += tiny_scorer.score(
+            request(candidates, instruction=instruction, query=query)
+        ).values
+        for candidate in candidates:
+            [window], _ = lanes.candidate(0, candidate, "truncate")
+            group.append(number)
+            rows.append(window.attributes + window.document)
+            row_lanes.append([int(Lane.ATTRIBUTES)] * len(window.attributes))
+    ids = padded(rows)
+    candidate_lanes = torch.full_like(ids, int(Lane.DOCUMENT))
+    for row, values in enumerate(row_lanes):
+        candidate_lanes[row, : len(values)] = int(Lane.ATTRIBUTES)
+    with torch.no_grad():
+        logits = tiny_scorer.model(
+            padded([lanes.trusted(Lane.INSTRUCTION, each[0]) for each in requests]),
+            padded([lanes.trusted(Lane.QUERY, each[1]) for each in requests]),
+            ids,
+            candidate_lanes,
+            torch.tensor(group),
+        )
+    assert logits.sigmoid().tolist() == pytest.approx(expected, abs=CLOSE)
+
+
+@given(instruction=INSTRUCTIONS, query=SHORT, candidate=CANDIDATES, extra=st.integers(1, 40))
+def test_padding_changes_nothing_in_any_lane(
+    instruction, query, candidate, extra, tiny_scorer
+) -> None:
+    lanes = tiny_scorer.lanes
+    [window], _ = lanes.candidate(0, candidate, "truncate")
+    rows = [
+        lanes.trusted(Lane.INSTRUCTION, instruction),
+        lanes.trusted(Lane.QUERY, query),
+        (*window.attributes, *window.document),
+        (int(Lane.ATTRIBUTES),) * len(window.attributes),
+    ]
+    rows[3] += (int(Lane.DOCUMENT),) * len(window.document)
+    fills = (0, 0, 0, int(Lane.DOCUMENT))
+    plain = [torch.tensor([row], dtype=torch.long).reshape(1, -1) for row in rows]
+    wide = [
+        torch.cat([row, torch.full((1, extra), fill)], 1)
+        for row, fill in zip(plain, fills, strict=True)
+    ]
+    group = torch.tensor([0])
+    with torch.no_grad():
+        expected = tiny_scorer.model(*plain, group)
+        torch.testing.assert_close(
+            tiny_scorer.model(*wide, group), expected, atol=CLOSE, rtol=CLOSE
+        )
+
+
+def test_gradients_reach_every_parameter_that_training_moves(make_encoder, tiny_lanes) -> None:
+    model = make_encoder().train()
+    candidate = Candidate(text="red fish", attributes="blue")
+    [window], _ = tiny_lanes.candidate(0, candidate, "truncate")
+    ids = torch.tensor([[*window.attributes, *window.document]])
+    lanes = torch.full_like(ids, int(Lane.DOCUMENT))
+    lanes[0, : len(window.attributes)] = int(Lane.ATTRIBUTES)
+    logits = model(
+        torch.tensor([tiny_lanes.trusted(Lane.INSTRUCTION, "prefer marine")]),
+        torch.tensor([tiny_lanes.trusted(Lane.QUERY, "red")]),
+        ids,
+        lanes,
+        torch.tensor([0]),
+    )
+    logits.sum().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    flat = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.any()]
+    assert without == []
+    # A constant added to all keys changes no softmax, so the bias of `qkv` is not checked here.
+    assert flat == []
+
+
+def test_a_new_model_has_closed_gates_and_a_silent_head(make_encoder) -> None:
+    model = LaneEncoder(make_encoder().config)
+    assert not any(layer.trusted_gate.any() for layer in model.layers)
+    assert not model.head_output.weight.any()
+    assert not model.head_output.bias.any()
+
+
+def test_with_closed_gates_a_document_is_pooled_whatever_the_instruction(make_encoder) -> None:
+    model = LaneEncoder(make_encoder().config).eval()
+    ids = torch.tensor([[2, 90, 91, 3]])
+    lanes = torch.full_like(ids, int(Lane.DOCUMENT))
+    pooled = []
+    model.layers[-1].output_norm.register_forward_hook(
+        lambda module, arguments, output: pooled.append(output)
+    )
+    empty = torch.zeros(1, 0, dtype=torch.long)
+    for instruction in (empty, torch.tensor([[2, 95, 3]])):
+        with torch.no_grad():
+            model(instruction, torch.tensor([[2, 92, 3]]), ids, lanes, torch.tensor([0]))
+    documents = pooled[2::3]
+    assert len(documents) == 2
+    assert torch.equal(*documents)
+
+
+# Speed and memory: what is computed, and how much of it at once
+
+
+def test_trusted_lanes_are_computed_once_per_call_and_the_instruction_once(make_scorer) -> None:
+    scorer = make_scorer(Watched, tokens_per_batch=64)
+    for query in ("red fish", "blue fish"):
+        scorer.score(request(["red", "blue " * 20, "green " * 50] * 5, query=query))
+    assert [lane for lane, _ in scorer.model.trusted_calls] == [
+        Lane.INSTRUCTION,
+        Lane.QUERY,
+        Lane.QUERY,
+    ]
+
+
+def test_the_cache_keeps_the_instructions_used_last(make_scorer) -> None:
+    scorer = make_scorer(Watched, cached_instructions=2)
+    computed = []
+    for instruction in ("red", "blue", "red", "green", "red", "blue"):
+        scorer.model.trusted_calls.clear()
+        scorer.score(request(["fish"], instruction=instruction))
+        if Lane.INSTRUCTION in dict(scorer.model.trusted_calls):
+            computed.append(instruction)
+    assert computed == ["red", "blue", "green", "blue"]
+
+
+@given(
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=20),
+    limit=st.sampled_from([200, 512, 4096]),
+    mode=st.sampled_from(["truncate", "max_window"]),
+)
+def test_no_batch_exceeds_the_token_limit(lengths, limit, mode, make_scorer) -> None:
+    scorer = make_scorer(Watched, tokens_per_batch=limit)
+    texts = ["red " * length for length in lengths]
+    scores = scorer.score(request(texts, long_documents=mode))
+    assert len(scores.values) == len(texts)
+    assert max(rows * width for rows, width in scorer.model.batches) <= limit
+    windows = [scorer.lanes.candidate(0, Candidate(text=text), mode)[0] for text in texts]
+    assert sum(rows for rows, _ in scorer.model.batches) == sum(map(len, windows))
+
+
+def test_ten_thousand_documents_are_scored_in_bounded_batches(make_scorer) -> None:
+    scorer = make_scorer(Watched)
+    texts = [f"red {'fish ' * (i % 7)}" for i in range(10_000)]
+    done = []
+    scores = scorer.score(request(texts, progress=lambda *counts: done.append(counts)))
+    assert len(scores.values) == 10_000
+    assert scores.values[7:] == pytest.approx(scores.values[:-7], abs=CLOSE)
+    assert max(rows * width for rows, width in scorer.model.batches) <= scorer.tokens_per_batch
+    assert done[-1] == (10_000, 10_000)
+    assert done == sorted(done)
+    assert len(done) > 1
+
+
+@pytest.mark.parametrize("mode", ["truncate", "max_window"])
+def test_a_document_of_a_megabyte_is_scored(mode, make_scorer) -> None:
+    scorer = make_scorer(Watched)
+    text = "organization " * 80_000
+    scores = scorer.score(request([text, "red"], long_documents=mode))
+    assert len(text) > 1_000_000
+    assert all(0 <= value <= 1 for value in scores.values)
+    assert scores.truncated == (mode == "truncate", False)
+    assert max(rows * width for rows, width in scorer.model.batches) <= scorer.tokens_per_batch
+
+
+def test_threads_get_the_scores_of_one_after_another(make_scorer) -> None:
+    scorer = make_scorer(cached_instructions=2)
+    asked = [
+        request(
+            [f"{word} {'fish ' * i}" for i in range(8)],
+            instruction=f"prefer {word}",
+            query=word,
+        )
+        for word in ("red", "blue", "green", "marine", "coach")
+    ] * 4
+    expected = [make_scorer().score(each).values for each in asked[:5]] * 4
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(scorer.score, asked))
+    for result, values in zip(results, expected, strict=True):
+        assert result.values == pytest.approx(values, abs=CLOSE)
+
+
+# Values and precision
+
+
+@given(data=st.data(), instruction=INSTRUCTIONS)
+def test_any_text_scores_between_0_and_1(data, instruction, tiny_scorer, troublesome_text) -> None:
+    texts = data.draw(st.lists(troublesome_text, min_size=1, max_size=4))
+    attributes = data.draw(troublesome_text)
+    candidates = [Candidate(text=text, attributes=attributes) for text in texts]
+    asked = request(candidates, instruction=instruction, query=data.draw(troublesome_text)[:40])
+    before = copy.deepcopy(asked)
+    for mode in ("truncate", "max_window"):
+        scores = tiny_scorer.score(
+            RerankRequest(
+                query=asked.query,
+                instruction=asked.instruction,
+                candidates=asked.candidates,
+                long_documents=mode,
+            )
+        )
+        assert all(type(value) is float and 0 <= value <= 1 for value in scores.values)
+    assert asked == before
+
+
+def test_a_request_without_candidates_has_no_scores(tiny_scorer) -> None:
+    assert tiny_scorer.score(request([])).values == ()
+
+
+def test_bfloat16_scores_are_near_those_of_float32(make_scorer, tiny_scorer) -> None:
+    asked = request(["red fish", "a coach", "blue " * 60, ""])
+    half = make_scorer(dtype=torch.bfloat16).score(asked).values
+    assert half == pytest.approx(tiny_scorer.score(asked).values, abs=0.05)
+
+
+def test_the_head_keeps_its_precision_when_the_encoder_is_cast(make_encoder) -> None:
+    model, cast = make_encoder(), make_encoder().cast_encoder(torch.bfloat16)
+    assert cast.layers[0].qkv.weight.dtype is torch.bfloat16
+    for name in ("scale", "bias", "instruction_weight", "head_hidden.weight", "head_output.bias"):
+        assert torch.equal(cast.get_parameter(name), model.get_parameter(name)), name
+
+
+def test_the_default_precision_is_one_that_the_processor_has() -> None:
+    assert default_dtype(torch.device("cpu")) in (torch.bfloat16, torch.float32)
+    assert default_dtype(torch.device("meta")) is torch.float32
+
+
+def test_a_scorer_says_that_it_takes_instructions(tiny_scorer) -> None:
+    assert tiny_scorer.supports_instructions
+    assert tiny_scorer.name == "tiny"
+
+
+def test_a_saved_model_comes_back_with_the_same_scores(
+    make_encoder, tiny_lanes, tiny_scorer, tmp_path
+) -> None:
+    make_encoder().save_pretrained(tmp_path)
+    loaded = LaneEncoder.from_pretrained(tmp_path)
+    asked = request(["red fish", Candidate(text="a coach", attributes="date: red")])
+    values = LaneEncoderScorer(loaded, tiny_lanes, dtype=torch.float32).score(asked).values
+    assert values == pytest.approx(tiny_scorer.score(asked).values, abs=1e-6)
+
+
+def test_joined_lanes_stand_side_by_side(tiny_scorer) -> None:
+    trusted = tiny_scorer.trusted_lanes("prefer marine", "red fish")
+    joined = join_lanes(trusted.instruction, trusted.query)
+    assert identical(tensors(joined), tensors(trusted.joined))
+    assert joined.mask.shape[1] == trusted.instruction.mask.shape[1] + trusted.query.mask.shape[1]

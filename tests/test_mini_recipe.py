@@ -1,0 +1,146 @@
+"""The recipe of lanerank-mini: where training starts, and that it can be resumed."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from lanerank.contracts import Candidate, RerankRequest
+from lanerank.lanes import LaneTokenizer
+from lanerank.scoring.lane_encoder import LaneEncoderScorer
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "mini"
+DOCUMENTS = (
+    "The ferry to the island leaves at nine.",
+    "Ships need a pilot in these waters, because the channel is narrow and the tide is strong.",
+    "A recipe for lentil soup",
+    "",
+)
+
+
+@pytest.fixture(scope="module")
+def train():
+    spec = importlib.util.spec_from_file_location("mini_train", RECIPE / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mini_train"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["mini_train"]
+
+
+@pytest.fixture(scope="module")
+def collate(train):
+    tokenizer = Tokenizer.from_file(str(train.minilm_folder() / "tokenizer.json"))
+    return train.Collator(LaneTokenizer(tokenizer), 256)
+
+
+def group(query, *, distil=False):
+    return {
+        "query": query,
+        "today": "2026-03-10",
+        "distil": distil,
+        "documents": [{"text": text, "attributes": {"date": "2026-01-10"}} for text in DOCUMENTS],
+        "lanes": [
+            {"kind": "none", "instruction": None, "targets": [0.9, 0.5, 0.02, None]},
+            {"kind": "user_context", "instruction": "I cook.", "targets": [0.0, 0.0, 1.0, 0.0]},
+            {"kind": "neutral", "instruction": "Be brief.", "targets": [0.9, 0.5, 0.02, None]},
+        ],
+    }
+
+
+def test_before_training_the_model_is_the_bi_encoder(train):
+    from sentence_transformers import SentenceTransformer
+
+    folder = train.minilm_folder()
+    model = train.start_as_bi_encoder(folder)
+    lanes = LaneTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    scorer = LaneEncoderScorer(model, lanes, dtype=torch.float32)
+    candidates = tuple(Candidate(text=text) for text in DOCUMENTS)
+    scores = scorer.score(RerankRequest(query="when does the boat leave", candidates=candidates))
+
+    reference = SentenceTransformer(str(folder), device="cpu")
+    vectors = reference.encode(["when does the boat leave", *DOCUMENTS], normalize_embeddings=True)
+    expected = torch.sigmoid(torch.tensor(8 * (vectors[1:] @ vectors[0]) - 3))
+    assert torch.allclose(torch.tensor(scores.values).float(), expected, atol=1e-4)
+
+
+def test_training_and_inference_give_the_same_scores(train, collate):
+    torch.manual_seed(0)
+    model = train.start_as_bi_encoder(train.minilm_folder())
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.trusted_gate.normal_()
+        model.head_output.weight.normal_(std=0.05)
+    batch = collate([group("boats")])
+    with torch.no_grad():
+        trained = train.logits_of(model, batch).sigmoid().tolist()
+    scorer = LaneEncoderScorer(model, collate.lanes, dtype=torch.float32)
+    inferred = []
+    for lane in group("boats")["lanes"]:
+        text = f"{lane['instruction']} Today is 2026-03-10." if lane["instruction"] else ""
+        candidates = tuple(
+            Candidate(text=document, attributes="date: 2026-01-10 (8 weeks old)")
+            for document in DOCUMENTS
+        )
+        request = RerankRequest(query="boats", instruction=text, candidates=candidates)
+        inferred += scorer.score(request).values
+    assert trained == pytest.approx(inferred, abs=1e-5)
+
+
+def test_the_collator_pairs_lanes_of_the_same_document(collate):
+    batch = collate([group("boats", distil=True), group("ships")])
+    assert len(batch.targets) == 2 * 3 * len(DOCUMENTS)
+    # Unlabelled targets are no evidence that an instruction changed anything.
+    assert not batch.targets[batch.vertical].isnan().any()
+    assert len(batch.neutral) == 2 * len(DOCUMENTS)
+    assert batch.distilled == [0]
+
+
+def test_a_resumed_run_draws_the_groups_it_would_have_drawn(train):
+    pools = {"scenarios": [{"n": n} for n in range(10)], "rules": [{"n": -n} for n in range(3)]}
+    mix = {"scenarios": 1.5, "rules": 0.5}
+    drawn = [train.draw(pools, mix, 7, step) for step in range(40)]
+    assert drawn == [train.draw(pools, mix, 7, step) for step in range(40)]
+    counts = [sum(g == {"n": n} for groups in drawn for g in groups) for n in range(1, 10)]
+    assert set(counts) == {6}  # 60 draws from 10 groups: whole epochs
+
+
+def test_a_checkpoint_restores_weights_and_optimiser(train, tmp_path):
+    config = {"new_learning_rate": 1e-2, "learning_rate": 1e-3, "weight_decay": 0.0}
+    model = train.start_as_bi_encoder(train.minilm_folder())
+    weights = train.MasterWeights(model, config)
+
+    def step(weights, model):
+        sum(p.square().sum() for p in model.parameters() if p.requires_grad).backward()
+        weights.step(1.0, 1.0)
+
+    step(weights, model)
+    weights.save(tmp_path / "checkpoint.safetensors", 1)
+    step(weights, model)
+
+    other = train.start_as_bi_encoder(train.minilm_folder())
+    resumed = train.MasterWeights(other, config)
+    assert resumed.load(tmp_path / "checkpoint.safetensors") == 1
+    step(resumed, other)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, other.get_parameter(name)), name
+
+
+def test_losses_are_least_where_the_targets_are_met(train):
+    targets = torch.tensor([0.97, 0.02, 0.02, 0.97])
+    lists = [torch.tensor([0, 1]), torch.tensor([2, 3])]
+    pairs = torch.tensor([[0, 2], [3, 1]])
+    right, wrong = torch.tensor([4.0, -4.0, -4.0, 4.0]), torch.tensor([-4.0, 4.0, 4.0, -4.0])
+    for loss in (
+        lambda x: train.pointwise_loss(x, targets),
+        lambda x: train.listwise_loss(x, targets, lists),
+        lambda x: train.vertical_loss(x, targets, pairs),
+        lambda x: train.distillation_loss(x, right, lists, 8.0),
+    ):
+        assert loss(right) < loss(torch.zeros(4)) < loss(wrong)
+    assert train.distillation_loss(right, right, lists, 8.0) == pytest.approx(0.0, abs=1e-6)
+    assert train.neutral_loss(right, torch.tensor([[0, 3]])) == 0
+    assert train.neutral_loss(right, torch.tensor([[0, 1]])) > 1
