@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import date, datetime
+from importlib.metadata import version as version_of
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-import lanerank
 from lanerank.contracts import LongDocuments, Ranking
 from lanerank.errors import FileFormatError, InputError, LanerankError
 from lanerank.instruction import Instruction
@@ -56,7 +56,7 @@ def _root(
 ) -> None:
     """Re-rank documents with instructions."""
     if version:
-        out.print(lanerank.__version__, highlight=False)
+        out.print(version_of("lanerank"), highlight=False)
         raise typer.Exit
 
 

@@ -156,9 +156,12 @@ class LaneEncoder(PreTrainedModel):
 
     def cast_encoder(self, dtype: torch.dtype, device: torch.device | None = None) -> LaneEncoder:
         """Compute the encoder in `dtype` and the head in float32; returns the model."""
-        nn.Module.to(self, dtype=dtype, device=device)
-        for module in (self.head_hidden, self.head_output):
-            module.float()
+        nn.Module.to(self, device=device)
+        encoder = (self.word_embeddings, self.position_embeddings, self.lane_embeddings)
+        for module in (*encoder, self.embedding_norm, self.layers):
+            module.to(dtype)
+        for linear in (self.head_hidden, self.head_output):
+            linear.float()
         for parameter in (self.scale, self.bias, self.instruction_weight):
             parameter.data = parameter.data.float()
         return self
