@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime as dt
 from itertools import pairwise
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -23,9 +24,14 @@ from lanerank.lanes import (
 )
 
 TODAY = dt.date(2026, 3, 1)
-LONG_TEXTS = st.lists(
-    st.sampled_from(["red", "fish", "organization", "xyzzy", "[SEP]", "🚢"]), max_size=300
-).map(" ".join)
+# Length first: lists of generated words are rarely long enough to fill a lane.
+LONG_TEXTS = st.builds(
+    lambda words, seed: " ".join(
+        Random(seed).choices(["red", "fish", "organization", "xyzzy", "[SEP]", "🚢"], k=words)
+    ),
+    st.integers(0, 400),
+    st.integers(0, 2**32),
+)
 
 
 @pytest.fixture(scope="module")
