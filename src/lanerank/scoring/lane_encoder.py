@@ -63,7 +63,7 @@ class LaneEncoderScorer:
         name: str = "lane-encoder",
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
-        tokens_per_batch: int = 4096,
+        tokens_per_batch: int = 2048,
         cached_instructions: int = 32,
     ) -> None:
         """Put the model into inference mode."""
