@@ -166,9 +166,9 @@ def evaluate(
         typer.echo(text)
         return
     table = Table(title=f"{report.model}: {len(scenarios)} scenarios", title_justify="left")
-    for heading, side in (("measure", "left"), ("value", "right"), ("95% interval", "right")):
-        table.add_column(heading, justify=side)  # type: ignore[arg-type]  # a str, not a literal
-    table.add_column("n", justify="right")
+    table.add_column("measure")
+    for heading in ("value", "95% interval", "n"):
+        table.add_column(heading, justify="right")
     for name, estimate in report.rows():
         interval = f"{estimate.low:.3f} to {estimate.high:.3f}"
         table.add_row(name, f"{estimate.value:.3f}", interval, str(estimate.n))
@@ -265,8 +265,8 @@ def _print_ranking(ranking: Ranking) -> None:
         return
     # Expanded, so that a long document gets what the numbers leave and not the reverse.
     table = Table(box=None, pad_edge=False, expand=True)
-    for heading, justify in (("rank", "right"), ("score", "right"), ("line", "right")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]  # a str, not a literal
+    for heading in ("rank", "score", "line"):
+        table.add_column(heading, justify="right")
     table.add_column("document", overflow="ellipsis", no_wrap=True, ratio=1)
     for place, result in enumerate(ranking, 1):
         label = f"{result.document.id}: " if result.document.id else ""
