@@ -25,6 +25,7 @@ from lanerank import (
     ScorerError,
     use_instruction,
 )
+from lanerank.context import Resolved, Source
 from lanerank.contracts import RerankRequest, Scores
 from lanerank.testing import OverlapScorer, ScriptedScorer
 
@@ -270,6 +271,25 @@ def test_use_instruction_applies_to_calls_inside(recording) -> None:
         "argument",
         None,
     ]
+
+
+def test_what_an_adapter_resolved_is_final(recording) -> None:
+    reranker = Reranker(recording)
+    handed = Resolved(instruction=Instruction("prefer red"), source=Source.METADATA)
+    nothing = Resolved(instruction=Instruction())
+    with use_instruction("prefer blue"):
+        ranking = reranker.rank("q", ["a"], instruction=handed)
+        without = reranker.rank("q", ["a"], instruction=nothing)
+        reranker.score("q", ["a"], instruction=handed)
+        in_a_thread = asyncio.run(reranker.arank("q", ["a"], instruction=handed))
+    assert [r.instruction for r in recording.requests] == [
+        "prefer red",
+        "",
+        "prefer red",
+        "prefer red",
+    ]
+    assert ranking.instruction_source == in_a_thread.instruction_source == "metadata"
+    assert without.instruction_source is None
 
 
 def test_an_instruction_changes_the_scores_of_a_model_that_reads_it(tiny) -> None:

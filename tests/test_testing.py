@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from lanerank import Reranker
+from lanerank import Reranker, use_instruction
+from lanerank.context import Source, current_instruction, resolve_instruction
 from lanerank.contracts import Candidate, RerankRequest, Scorer
-from lanerank.errors import InputError
-from lanerank.testing import OverlapScorer, ScriptedScorer
+from lanerank.errors import InputError, LanerankError
+from lanerank.testing import ADAPTER_CASES, AdapterCase, OverlapScorer, ScriptedScorer
 
 
 def request(*texts, query="red fish", instruction="") -> RerankRequest:
@@ -81,3 +84,63 @@ def test_scripted_refuses_a_text_it_has_no_score_for() -> None:
 def test_a_double_can_stand_for_a_model_without_instructions() -> None:
     reranker = Reranker(OverlapScorer(supports_instructions=False), on_unsupported="ignore")
     assert reranker.rank("a", ["a"], instruction="b").instruction_applied == "ignored"
+
+
+# The cases for adapters, run here against the simplest adapter there can be
+
+
+def adapt(case: AdapterCase):
+    """What an adapter does: resolve first, then hand the reranker what was resolved."""
+    resolved = resolve_instruction(
+        [
+            (Source.ARGUMENT, case.per_call),
+            (Source.USE_INSTRUCTION, current_instruction()),
+            (Source.FIELD, case.default),
+        ],
+        sources=case.sources,
+        require=case.require,
+    )
+    return Reranker(OverlapScorer()).rank(
+        case.query, case.documents, instruction=resolved, top_k=case.top_n
+    )
+
+
+@pytest.mark.parametrize("case", ADAPTER_CASES, ids=str)
+def test_adapter_case(case: AdapterCase) -> None:
+    with use_instruction(case.scope):
+        if case.error is not None:
+            with pytest.raises(case.error):
+                adapt(case)
+            return
+        ranking = adapt(case)
+    assert tuple(result.index for result in ranking) == case.order
+    assert ranking.instruction_source == (case.source and str(case.source))
+
+
+def test_adapter_cases_have_names_of_their_own() -> None:
+    assert len({case.name for case in ADAPTER_CASES}) == len(ADAPTER_CASES)
+
+
+@pytest.mark.parametrize(
+    "flaw",
+    [
+        pytest.param({"scope": None}, id="loses the scope"),
+        pytest.param({"per_call": None}, id="loses the argument"),
+        pytest.param({"default": None}, id="loses the default"),
+        pytest.param({"sources": None}, id="ignores sources"),
+        pytest.param({"require": False}, id="ignores require"),
+        pytest.param({"top_n": None}, id="ignores top_n"),
+    ],
+)
+def test_adapter_with_a_flaw_fails_a_case(flaw) -> None:
+    failed = []
+    for case in ADAPTER_CASES:
+        broken = dataclasses.replace(case, **flaw)
+        try:
+            with use_instruction(broken.scope):
+                order = tuple(result.index for result in adapt(broken))
+        except LanerankError as error:
+            failed.append(type(error) is not case.error)
+        else:
+            failed.append(order != case.order)
+    assert any(failed)

@@ -109,7 +109,7 @@ class Reranker:
         query: str,
         documents: Sequence[DocumentLike],
         *,
-        instruction: InstructionLike = None,
+        instruction: InstructionLike | Resolved = None,
         attributes: Sequence[str] = (),
         top_k: int | None = None,
         long_documents: LongDocuments | None = None,
@@ -122,7 +122,8 @@ class Reranker:
             documents: Texts, `Document`s, or mappings with a `"text"` and optionally an `"id"`
                 and `"metadata"`; other keys of a mapping count as metadata.
             instruction: What relevance means here. Without one, that of an enclosing
-                `use_instruction(...)` applies.
+                `use_instruction(...)` applies. A `Resolved`, as adapters for frameworks get it
+                from `resolve_instruction`, is final: the ranking carries its source.
             attributes: The metadata fields that the model may see; none by default.
             top_k: Keep this many; all by default.
             long_documents: Overrides the reranker's own setting.
@@ -171,7 +172,7 @@ class Reranker:
         query: str,
         documents: Sequence[DocumentLike],
         *,
-        instruction: InstructionLike = None,
+        instruction: InstructionLike | Resolved = None,
         attributes: Sequence[str] = (),
         long_documents: LongDocuments | None = None,
         progress: Progress | None = None,
@@ -187,7 +188,7 @@ class Reranker:
         query: str,
         documents: Sequence[DocumentLike],
         *,
-        instruction: InstructionLike = None,
+        instruction: InstructionLike | Resolved = None,
         attributes: Sequence[str] = (),
         top_k: int | None = None,
         long_documents: LongDocuments | None = None,
@@ -273,7 +274,9 @@ def _number(value: object) -> float:
     return float(value)
 
 
-def _resolve(instruction: InstructionLike) -> Resolved:
+def _resolve(instruction: InstructionLike | Resolved) -> Resolved:
+    if isinstance(instruction, Resolved):
+        return instruction
     return resolve_instruction(
         [(Source.ARGUMENT, instruction), (Source.USE_INSTRUCTION, current_instruction())]
     )
