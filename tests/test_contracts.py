@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,7 @@ from lanerank.contracts import (
     Scores,
     order_by_score,
 )
+from lanerank.errors import InputError
 
 RANKING = Ranking(
     results=(
@@ -61,8 +63,13 @@ def test_a_document_keeps_any_text(data, troublesome_text) -> None:
     ],
 )
 def test_a_document_of_another_shape_is_refused(fields) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises((InputError, TypeError)):
         Document(**fields)
+
+
+def test_the_error_names_the_field_and_its_value() -> None:
+    with pytest.raises(InputError, match=r"`text`: .* got None"):
+        Document(None)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +116,57 @@ def test_a_ranking_survives_copying(copied) -> None:
 
 def test_a_ranking_survives_json() -> None:
     assert Ranking.model_validate_json(RANKING.model_dump_json()) == RANKING
+
+
+def html_rows(ranking: Ranking) -> list[list[str]]:
+    page = ElementTree.fromstring(ranking._repr_html_())
+    return [["".join(cell.itertext()) for cell in row] for row in page.iter("tr")]
+
+
+def test_a_notebook_gets_a_table_with_metadata_and_a_mark_where_a_document_was_cut() -> None:
+    metadata = {"type": "policy", "pages": 3, "vector": [0.1]}
+    ranking = Ranking(
+        results=(
+            RankedDocument(index=2, score=0.9, document=Document("c", metadata=metadata)),
+            RankedDocument(index=0, score=0.4, document=Document("a", id="7"), truncated=True),
+        ),
+        query="q",
+        model="m",
+    )
+    assert html_rows(ranking) == [
+        ["rank", "score", "document"],
+        ["1", "0.900", "ctype: policy; pages: 3"],
+        ["2", "0.400", "7 (cut) a"],
+    ]
+    assert html_rows(Ranking(query="q", model="m")) == [["rank", "score", "document"]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "note"),
+    [
+        ({}, "m; no instruction"),
+        (
+            {
+                "instruction_fingerprint": "0f" * 8,
+                "instruction_source": "argument",
+                "instruction_applied": "lane",
+            },
+            "m; instruction 0f0f0f0f0f0f0f0f from argument",
+        ),
+        (
+            {
+                "instruction_fingerprint": "0f" * 8,
+                "instruction_source": "use_instruction",
+                "instruction_applied": "ignored",
+            },
+            "m; instruction 0f0f0f0f0f0f0f0f from use_instruction, ignored",
+        ),
+        ({"non_finite": (1, 2)}, "m; no instruction; documents without a finite score: 2"),
+    ],
+)
+def test_a_notebook_is_told_how_a_ranking_came_about(fields, note) -> None:
+    page = ElementTree.fromstring(Ranking(query="q", model="m", **fields)._repr_html_())
+    assert ["".join(line.itertext()) for line in page.iter("p")] == ["q", note]
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,17 @@ EXCEPTIONS = {
     if inspect.isclass(value) and issubclass(value, errors.LanerankError)
 }
 PUBLIC = {
+    "ComparedDocument",
     "Document",
     "Instruction",
     "InstructionContext",
     "Lane",
     "RankedDocument",
     "Ranking",
+    "RankingComparison",
     "Reranker",
     "__version__",
+    "compare_rankings",
     "use_instruction",
     *EXCEPTIONS,
 }

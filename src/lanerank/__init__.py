@@ -6,6 +6,7 @@ does not load torch; `Reranker.from_pretrained()` does.
 
 from importlib.metadata import version
 
+from lanerank.comparison import ComparedDocument, RankingComparison, compare_rankings
 from lanerank.context import InstructionContext, use_instruction
 from lanerank.contracts import Document, Lane, RankedDocument, Ranking
 from lanerank.errors import (
@@ -26,6 +27,7 @@ from lanerank.reranker import Reranker
 __version__ = version("lanerank")
 
 __all__ = [
+    "ComparedDocument",
     "Document",
     "FileFormatError",
     "InputError",
@@ -41,8 +43,10 @@ __all__ = [
     "ModelLoadError",
     "RankedDocument",
     "Ranking",
+    "RankingComparison",
     "Reranker",
     "ScorerError",
     "__version__",
+    "compare_rankings",
     "use_instruction",
 ]

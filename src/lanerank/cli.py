@@ -21,7 +21,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lanerank.comparison import RankingComparison, compare_rankings
 from lanerank.contracts import LongDocuments, Ranking
+from lanerank.display import one_line
 from lanerank.errors import FileFormatError, InputError, LanerankError
 from lanerank.instruction import Instruction
 from lanerank.reranker import OnUnsupported, Reranker
@@ -254,9 +256,7 @@ def _print_json(value: object) -> None:
 
 def _printable(text: str, width: int) -> str:
     """One line of text, safe for a terminal: no control characters, no rich markup."""
-    flat = " ".join(text.split())
-    safe = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in flat)
-    return escape(safe if len(safe) <= width else safe[: width - 1] + "…")
+    return escape(one_line(text, width))
 
 
 def _print_ranking(ranking: Ranking) -> None:
@@ -284,39 +284,34 @@ def _print_ranking(ranking: Ranking) -> None:
 
 def _demonstrate(reranker: Reranker, part: dict[str, Any], top_k: int) -> None:
     """One corpus: the order without instruction, then under each, with the change of rank."""
-    documents, attributes = part["documents"], tuple(part.get("attributes", ()))
-    plain = reranker.rank(part["query"], documents)
-    before = {result.index: place for place, result in enumerate(plain, 1)}
-    out.rule(f"Query: {escape(part['query'])}", align="left")
-    columns: list[tuple[str, Ranking]] = []
+    query, documents = part["query"], part["documents"]
+    out.rule(f"Query: {escape(query)}", align="left")
+    rankings = {"no instruction": reranker.rank(query, documents)}
+    table = Table(show_lines=True)
+    table.add_column("rank", justify="right")
     for setting in part["instructions"]:
-        today = setting.get("today")
+        label, today = setting["label"], setting.get("today")
         instruction = Instruction(
             setting["text"], today=date.fromisoformat(today) if today else None
         )
-        ranking = reranker.rank(
-            part["query"], documents, instruction=instruction, attributes=attributes
+        rankings[label] = reranker.rank(
+            query, documents, instruction=instruction, attributes=part.get("attributes", ())
         )
-        columns.append((setting["label"], ranking))
-        out.print(f"[bold]{escape(setting['label'])}[/bold]: {escape(instruction.render())}")
-    table = Table(show_lines=True)
-    table.add_column("rank", justify="right")
-    for label, _ in columns:
+        out.print(f"[bold]{escape(label)}[/bold]: {escape(instruction.render())}")
         table.add_column(f"{label}\n(score, change from the order without instruction)")
+    comparison = compare_rankings(rankings)
     for place in range(1, min(top_k, len(documents)) + 1):
-        table.add_row(str(place), *(_cell(ranking, place, before) for _, ranking in columns))
+        cells = (_cell(comparison, column, place) for column in range(1, len(rankings)))
+        table.add_row(str(place), *cells)
     out.print(table)
 
 
-def _cell(ranking: Ranking, place: int, before: dict[int, int]) -> str:
-    result = ranking[place - 1]
-    moved = before[result.index] - place
-    arrow = f"[green]▲{moved}[/green]" if moved > 0 else f"[red]▼{-moved}[/red]" if moved else "="
-    shown = ", ".join(
-        str(result.document.metadata[name])
-        for name in ("type", "site", "date")
-        if name in result.document.metadata
-    )
+def _cell(comparison: RankingComparison, column: int, place: int) -> str:
+    row = next(row for row in comparison if row.ranks[column] == place)
+    move = row.moves[column] or 0
+    arrow = f"[green]▲{move}[/green]" if move > 0 else f"[red]▼{-move}[/red]" if move < 0 else "="
+    metadata = row.document.metadata
+    shown = ", ".join(str(metadata[name]) for name in ("type", "site", "date") if name in metadata)
     suffix = f"\n[dim]{escape(shown)}[/dim]" if shown else ""
-    text = _printable(result.document.text, 110)
-    return f"[bold]{result.score:.2f}[/bold] {arrow} {text}{suffix}"
+    text = _printable(row.document.text, 110)
+    return f"[bold]{row.scores[column]:.2f}[/bold] {arrow} {text}{suffix}"

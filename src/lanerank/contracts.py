@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal, Protocol, overload, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lanerank.display import (
+    MAX_ROWS,
+    describe_score,
+    document_cell,
+    element,
+    fragment,
+    one_line,
+    table,
+)
+from lanerank.errors import InputError
 
 LongDocuments = Literal["truncate", "max_window"]
 """What happens to a document longer than the model reads: cut it, or score windows of it."""
@@ -41,8 +53,20 @@ class Document(BaseModel):
     """The caller's identifier, handed back untouched."""
 
     def __init__(self, text: str, **fields: Any) -> None:  # noqa: ANN401 - pydantic validates them
-        """Accept the text by position, as `Document("...")`."""
-        super().__init__(text=text, **fields)
+        """Accept the text by position, as `Document("...")`.
+
+        Raises:
+            InputError: A field has the wrong type, or there is no such field.
+        """
+        try:
+            super().__init__(text=text, **fields)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise InputError(
+                f"the document is not usable: `{where}`: {problem['msg']}, got "
+                f"{reprlib.repr(problem['input'])}"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +179,43 @@ class Ranking(BaseModel):
     def __getitem__(self, position: int | slice) -> RankedDocument | tuple[RankedDocument, ...]:
         """The document at a rank, counted from 0."""
         return self.results[position]
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: the best documents, and how they came to be ordered."""
+        number = {"class": "number"}
+        rows = [
+            (
+                element("td", number, str(rank)),
+                element("td", number, describe_score(result.score)),
+                document_cell(
+                    result.document.text,
+                    result.document.id,
+                    result.document.metadata,
+                    cut=result.truncated,
+                ),
+            )
+            for rank, result in enumerate(self.results[:MAX_ROWS], 1)
+        ]
+        notes = [self.model, describe_instruction(self)]
+        if len(rows) < len(self):
+            notes.append(f"the first {len(rows)} of {len(self)} documents")
+        if self.non_finite:
+            notes.append(f"documents without a finite score: {len(self.non_finite)}")
+        headings = [element("th", number, name) for name in ("rank", "score")]
+        return fragment(
+            element("p", {}, element("b", {}, one_line(self.query, 200))),
+            element("p", {"class": "soft"}, one_line("; ".join(notes), 300)),
+            table((*headings, element("th", {"class": "text"}, "document")), rows),
+        )
+
+
+def describe_instruction(ranking: Ranking) -> str:
+    """Which instruction a ranking followed and where it came from, in a few words."""
+    if ranking.instruction_fingerprint is None:
+        return "no instruction"
+    words = f"instruction {ranking.instruction_fingerprint} from {ranking.instruction_source}"
+    by_lane = ranking.instruction_applied in (None, "lane")
+    return words if by_lane else f"{words}, {ranking.instruction_applied}"
 
 
 def order_by_score(values: tuple[float, ...]) -> list[int]:

@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, SupportsFloat, TypeVar, get_args
 
-from pydantic import ValidationError
-
 from lanerank.context import Resolved, Source, current_instruction, resolve_instruction
 from lanerank.contracts import (
     Candidate,
@@ -30,7 +28,8 @@ from lanerank.instruction import InstructionLike
 from lanerank.lanes import render_attributes
 
 if TYPE_CHECKING:
-    from lanerank.checkpoint import DtypeName
+    from lanerank.checkpoint import DtypeName, Quantization
+    from lanerank.template import PromptTemplate
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -72,6 +71,14 @@ class Reranker:
         device: str = "auto",
         dtype: DtypeName = "auto",
         local_files_only: bool = False,
+        contract: str | Path | PromptTemplate | None = None,
+        attn_implementation: str | None = None,
+        device_map: str | None = None,
+        quantization: Quantization | None = None,
+        compile_model: bool = False,
+        trust_remote_code: bool = False,
+        tokens_per_batch: int | None = None,
+        share_prefix: bool = True,
         long_documents: LongDocuments = "truncate",
         on_unsupported: OnUnsupported = "raise",
     ) -> Reranker:
@@ -85,11 +92,21 @@ class Reranker:
             dtype: `"float32"`, `"bfloat16"`, `"float16"`; `"auto"` is bfloat16 where the device
                 has it natively.
             local_files_only: Never ask the hub.
+            contract: How the model wants to be asked, where its exact hub id does not tell: a
+                model id or family that lanerank knows, a JSON file, or a `PromptTemplate`.
+            attn_implementation: As in transformers, for models that are not lane encoders.
+            device_map: As in transformers; `"auto"` spreads the model over devices.
+            quantization: `"8bit"` or `"4bit"`, through bitsandbytes.
+            compile_model: Compile the model with `torch.compile` at the first call.
+            trust_remote_code: Run Python code from the model's repository.
+            tokens_per_batch: Bounds memory; the scorer's own default if `None`.
+            share_prefix: Compute what comes before the documents once per call (causal models).
             long_documents: See the class.
             on_unsupported: See the class.
 
         Raises:
-            InputError: An option is not known, or the device is not there.
+            InputError: An option is not known, not present, or not for this kind of model.
+            MissingExtraError: Quantisation needs a package that is not installed.
             ModelLoadError: The model cannot be loaded.
         """
         # The one local import: torch is loaded with the first model, not with lanerank.
@@ -101,6 +118,14 @@ class Reranker:
             device=device,
             dtype=dtype,
             local_files_only=local_files_only,
+            contract=contract,
+            attn_implementation=attn_implementation,
+            device_map=device_map,
+            quantization=quantization,
+            compile_model=compile_model,
+            trust_remote_code=trust_remote_code,
+            tokens_per_batch=tokens_per_batch,
+            share_prefix=share_prefix,
         )
         return cls(scorer, long_documents=long_documents, on_unsupported=on_unsupported)
 
@@ -325,13 +350,8 @@ def _document(index: int, item: object) -> Document:
             id=None if identifier is None else str(identifier),
             metadata={**others, **metadata},
         )
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise InputError(
-            f"`documents[{index}]` is not usable: `{where}`: {problem['msg']}, got "
-            f"{reprlib.repr(problem['input'])}"
-        ) from error
+    except InputError as error:
+        raise InputError(f"`documents[{index}]`: {error}") from error
 
 
 def _fields(attributes: Sequence[str]) -> tuple[str, ...]:
