@@ -8,6 +8,7 @@ import datetime as dt
 import logging
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -230,6 +231,30 @@ def test_a_date_gets_its_age_where_the_instruction_knows_today(recording) -> Non
     [request] = recording.requests
     assert request.candidates[0].attributes == "date: 2025-10-01 (3 months old)"
     assert request.instruction == "Prefer new documents. Today is 2026-01-01."
+
+
+# What adapters take for a model
+
+
+def test_coerce_takes_rerankers_and_scorers_as_they_are() -> None:
+    reranker = Reranker(OverlapScorer(), long_documents="max_window")
+    assert Reranker.coerce(reranker) is reranker
+    assert Reranker.coerce(reranker.scorer).scorer is reranker.scorer
+
+
+def test_coerce_loads_a_name_once_also_for_threads(tiny_model_folder) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(Reranker.coerce, [tiny_model_folder, str(tiny_model_folder)] * 4))
+    assert len(set(map(id, loaded))) == 1
+    assert loaded[0].scorer.name == tiny_model_folder.name
+
+
+@pytest.mark.parametrize("value", [7, ["lanerank-mini"], b"lanerank-mini", OverlapScorer])
+def test_coerce_refuses_anything_else_and_names_the_argument(value) -> None:
+    with pytest.raises(InputError, match="`model` must be a name or folder"):
+        Reranker.coerce(value)
+    with pytest.raises(InputError, match="`reranker` must be"):
+        Reranker.check(value, name="reranker")
 
 
 # Where the instruction comes from

@@ -42,7 +42,7 @@ class Source(StrEnum):
     INSTRUMENT_TAGS = "instrument_tags"
     """Instrumentation tags, where they are opted into; traced."""
     RUNTIME = "runtime"
-    """The runtime context object of an agent or graph."""
+    """The runtime context object of an agent or graph; may be user input on a server."""
     INSTRUCTION_FROM = "instruction_from"
     """A callable or a template over an `InstructionContext`."""
     FIELD = "field"

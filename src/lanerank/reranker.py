@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import reprlib
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,44 @@ class Reranker:
         self.scorer = scorer
         self.long_documents = _one_of("long_documents", long_documents, LongDocuments)
         self.on_unsupported = _one_of("on_unsupported", on_unsupported, OnUnsupported)
+
+    @classmethod
+    def check(cls, value: object, *, name: str = "model") -> ModelLike:
+        """The value, if `coerce` takes it; nothing is loaded.
+
+        Raises:
+            InputError: It does not. The message calls the argument `name`.
+        """
+        # A class has the members of a scorer too.
+        if not isinstance(value, type) and isinstance(value, str | Path | Reranker | Scorer | None):
+            return value
+        raise InputError(
+            f"`{name}` must be a name or folder, a `Reranker`, a `Scorer`, or None for the model "
+            f"that comes with lanerank; got {type(value).__name__}: {reprlib.repr(value)}"
+        )
+
+    @classmethod
+    def coerce(cls, value: ModelLike) -> Reranker:
+        """A reranker from whatever the `model` setting of an adapter takes.
+
+        A name or folder is loaded with the defaults of `from_pretrained`, once for the whole
+        process, also when threads ask for it at the same time.
+
+        Raises:
+            InputError: The value is of another type.
+            ModelLoadError: The model cannot be loaded.
+        """
+        value = cls.check(value)
+        if isinstance(value, Reranker):
+            return value
+        if isinstance(value, Scorer):
+            return cls(value)
+        name = None if value is None else str(value)
+        if name not in _loaded:
+            with _loading:
+                if name not in _loaded:
+                    _loaded[name] = cls.from_pretrained(name)
+        return _loaded[name]
 
     @classmethod
     def from_pretrained(
@@ -290,6 +329,13 @@ class Reranker:
             return Scores(tuple(map(_number, scores.values)), tuple(scores.truncated))
         except (TypeError, ValueError) as error:
             raise ScorerError(f"{self.scorer.name!r} gave a score that is no number") from error
+
+
+ModelLike = str | Path | Reranker | Scorer | None
+"""What `Reranker.coerce` makes a reranker of; `None` is the model that comes with lanerank."""
+
+_loaded: dict[str | None, Reranker] = {}
+_loading = threading.Lock()
 
 
 def _number(value: object) -> float:
