@@ -141,6 +141,7 @@ def make_encoder(tiny_tokenizer: Tokenizer) -> Callable[..., LaneEncoder]:
             "intermediate_size": 64,
             "max_position_embeddings": 128,
             "attributes_budget": 32,
+            "adapter_rank": 4,
         }
         model = kind(LaneEncoderConfig(**{**sizes, **config})).eval()
         numbers = torch.Generator().manual_seed(20260101)
@@ -152,8 +153,9 @@ def make_encoder(tiny_tokenizer: Tokenizer) -> Callable[..., LaneEncoder]:
                     parameter.normal_(mean=1.0, std=0.3, generator=numbers)
             # Scores spread over (0, 1) without reaching its ends.
             model.head_output.weight.mul_(0.2)
-            model.scale.fill_(2.0)
-            model.bias.fill_(0.0)
+            for scale, bias in ((model.scale, model.bias), (model.plain_scale, model.plain_bias)):
+                scale.fill_(4.0)
+                bias.fill_(-3.0)
         return model
 
     return make

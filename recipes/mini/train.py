@@ -1,7 +1,8 @@
 """Train lanerank-mini: `python recipes/mini/train.py --data build/mini --out build/mini-run`.
 
-Starts from the published all-MiniLM-L6-v2 weights and resumes where an interrupted run stopped.
-Computes in bfloat16 where the CPU has it, with float32 master weights and optimiser state.
+Starts from the published all-MiniLM-L6-v2 weights, which stay as they are, and resumes where an
+interrupted run stopped. Computes in bfloat16 where the CPU has it, with float32 master weights and
+optimiser state.
 """
 
 from __future__ import annotations
@@ -28,16 +29,22 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.utils.logging import disable_progress_bar
 
 from lanerank.contracts import Lane
 from lanerank.instruction import Instruction
 from lanerank.lanes import LaneTokenizer, render_attributes
 from lanerank.scoring.lane_encoder import default_dtype
-from lanerank.scoring.modeling_lane_encoder import LaneEncoder, LaneEncoderConfig, join_lanes
+from lanerank.scoring.modeling_lane_encoder import LaneEncoder, LaneEncoderConfig, trust
 
 HERE = Path(__file__).parent
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-POOLS = ("scenarios", "injection", "generic", "unlabelled")
+POOLS = ("scenarios", "injection")
+# What an instruction adds, and the two numbers that turn a plain cosine into a score.
+TRAINED = (
+    *("lane_embeddings.weight", "instruction_weight"),
+    *("plain_scale", "plain_bias", "scale", "bias"),
+)
 
 log = logging.getLogger("train")
 
@@ -55,13 +62,14 @@ def minilm_folder() -> Path:
 
 
 def start_as_bi_encoder(folder: Path) -> LaneEncoder:
-    """A lane encoder that scores as the bi-encoder in `folder` does; gates and head are zero."""
+    """A lane encoder that scores as the bi-encoder in `folder` does, until it is trained."""
     model = LaneEncoder(LaneEncoderConfig())
     bert = load_file(folder / "model.safetensors")
     state = {
         "word_embeddings.weight": bert["embeddings.word_embeddings.weight"],
-        "position_embeddings.weight": bert["embeddings.position_embeddings.weight"],
-        "lane_embeddings.weight": bert["embeddings.token_type_embeddings.weight"][:1].repeat(4, 1),
+        # The bi-encoder's texts are all of token type 0.
+        "position_embeddings.weight": bert["embeddings.position_embeddings.weight"]
+        + bert["embeddings.token_type_embeddings.weight"][:1],
     }
     names = {
         "attention_output": "attention.output.dense",
@@ -80,41 +88,44 @@ def start_as_bi_encoder(folder: Path) -> LaneEncoder:
             for ours, theirs in names.items():
                 state[f"{new}.{ours}.{part}"] = bert[f"{old}.{theirs}.{part}"]
     missing, unexpected = model.load_state_dict(state, strict=False)
-    fresh = ("scale", "bias", "instruction_weight", "head_")
-    surprising = [n for n in missing if not n.startswith(fresh) and not n.endswith("trusted_gate")]
+    surprising = [name for name in missing if not is_trained(name)]
     if unexpected or surprising:
         raise SystemExit(f"the weights do not fit: missing {surprising}, unexpected {unexpected}")
     return model
 
 
+def is_trained(name: str) -> bool:
+    """Whether training moves a parameter; all others are the bi-encoder's."""
+    return name.startswith("head_") or name in TRAINED or name.endswith((".down", ".up", "_gate"))
+
+
 def read_groups(data: Path) -> dict[str, list[dict[str, Any]]]:
-    """The training groups by pool."""
+    """The training groups by pool; those made by a rule from public sets are one pool."""
     pools: dict[str, list[dict[str, Any]]] = {name: [] for name in (*POOLS, "rules")}
     with gzip.open(data / "train.jsonl.gz", "rt", encoding="utf-8") as lines:
         for line in lines:
             group = json.loads(line)
-            source = group["source"]
-            pool = source.split("_")[0]
-            group["distil"] = pool == "generic"
-            pools[pool if pool in POOLS else "rules"].append(group)
-    with gzip.open(data / "unlabelled.jsonl.gz", "rt", encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            documents = [{"text": text, "attributes": {}} for text in row["documents"]]
-            lane = {"kind": "none", "instruction": None, "targets": [None] * len(documents)}
-            group = {"query": row["query"], "documents": documents, "lanes": [lane]}
-            pools["unlabelled"].append({**group, "distil": True})
+            pools[group["source"] if group["source"] in POOLS else "rules"].append(group)
     return pools
+
+
+@dataclass
+class Requests:
+    """Requests that all have an instruction, or all have none, and their candidates."""
+
+    instruction_ids: Tensor | None
+    """`(n, i)`; `None` for requests without an instruction."""
+    query_ids: Tensor
+    """`(n, q)`."""
+    passes: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+    """For each forward pass: positions in the batch, ids, lanes, request of each candidate."""
 
 
 @dataclass
 class Batch:
     """The requests and candidates of some groups, as tensors."""
 
-    instruction_ids: Tensor
-    query_ids: Tensor
-    candidates: list[tuple[Tensor, Tensor, Tensor, Tensor]]
-    """For each forward pass: positions in the flat list, ids, lanes, request indexes."""
+    requests: list[Requests]
     targets: Tensor
     """`(pairs,)`, NaN where unlabelled."""
     lists: list[Tensor]
@@ -123,8 +134,6 @@ class Batch:
     """`(v, 2)`: positions of the same document under two instructions."""
     neutral: Tensor
     """`(m, 2)`: positions of the same document under none and under a neutral instruction."""
-    distilled: list[int]
-    """The requests whose scores should stay close to the bi-encoder's."""
 
 
 class Collator:
@@ -149,11 +158,12 @@ class Collator:
 
     def __call__(self, groups: Sequence[dict[str, Any]]) -> Batch:
         """Lay out every lane and document of the groups."""
-        instructions: list[tuple[int, ...]] = []
-        queries: list[tuple[int, ...]] = []
-        rows: list[tuple[tuple[int, ...], int, int]] = []
+        # Requests without an instruction, and with one: instruction, query, candidates.
+        kinds: dict[bool, list[tuple[tuple[int, ...], tuple[int, ...], list[int]]]]
+        kinds = {False: [], True: []}
+        rows: list[tuple[tuple[int, ...], int]] = []
         targets: list[float] = []
-        lists, vertical, neutral, distilled = [], [], [], []
+        lists, vertical, neutral = [], [], []
         for group in groups:
             today = date.fromisoformat(group["today"]) if group.get("today") else None
             encoded = [
@@ -164,20 +174,16 @@ class Collator:
                 for document in group["documents"]
             ]
             starts = []
+            query = self.lanes.trusted(Lane.QUERY, group["query"])
             for lane in group["lanes"]:
-                instruction = lane["instruction"]
-                if instruction is None:
-                    instructions.append(())
-                    if group["distil"]:
-                        distilled.append(len(queries))
-                else:
-                    text = Instruction(instruction, today=today).render()
-                    instructions.append(self.lanes.trusted(Lane.INSTRUCTION, text))
+                text = Instruction(lane["instruction"], today=today).render()
+                rule = self.lanes.trusted(Lane.INSTRUCTION, text if lane["instruction"] else "")
+                places = list(range(len(rows), len(rows) + len(encoded)))
+                kinds[bool(rule)].append((rule, query, places))
                 starts.append(len(rows))
-                rows += [(ids, split, len(queries)) for ids, split in encoded]
+                rows += encoded
                 targets += [float("nan") if t is None else t for t in lane["targets"]]
-                lists.append(torch.arange(starts[-1], len(rows)))
-                queries.append(self.lanes.trusted(Lane.QUERY, group["query"]))
+                lists.append(torch.tensor(places))
             for a, first in enumerate(group["lanes"]):
                 for b, second in enumerate(group["lanes"][:a]):
                     pairs = [(starts[a] + i, starts[b] + i) for i in range(len(encoded))]
@@ -185,29 +191,39 @@ class Collator:
                         neutral += pairs
                     vertical += [p for p in pairs if abs(targets[p[0]] - targets[p[1]]) > 0.1]
         return Batch(
-            _pad(instructions),
-            _pad(queries),
-            list(self._forward_passes(rows)),
+            [
+                Requests(
+                    _pad([rule for rule, _, _ in kind]) if instructed else None,
+                    _pad([query for _, query, _ in kind]),
+                    list(self._passes(rows, [places for _, _, places in kind])),
+                )
+                for instructed, kind in kinds.items()
+                if kind
+            ],
             torch.tensor(targets),
             lists,
             torch.tensor(vertical, dtype=torch.long).reshape(-1, 2),
             torch.tensor(neutral, dtype=torch.long).reshape(-1, 2),
-            distilled,
         )
 
-    def _forward_passes(
-        self, rows: list[tuple[tuple[int, ...], int, int]]
+    def _passes(
+        self, rows: list[tuple[tuple[int, ...], int]], places: list[list[int]]
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+        """Candidates of similar length together; `places` has a list for each request."""
+        order = sorted(
+            ((i, request) for request, each in enumerate(places) for i in each),
+            key=lambda pair: len(rows[pair[0]][0]),
+        )
         while order:
-            longest = len(rows[order[-1]][0])
+            longest = len(rows[order[-1][0]][0])
             taken = order[-max(1, self.tokens_per_batch // longest) :]
             del order[-len(taken) :]
-            ids = _pad([rows[i][0] for i in taken])
+            ids = _pad([rows[i][0] for i, _ in taken])
             lanes = torch.full_like(ids, int(Lane.DOCUMENT))
-            for row, i in enumerate(taken):
+            for row, (i, _) in enumerate(taken):
                 lanes[row, : rows[i][1]] = int(Lane.ATTRIBUTES)
-            yield torch.tensor(taken), ids, lanes, torch.tensor([rows[i][2] for i in taken])
+            positions, requests = zip(*taken, strict=True)
+            yield torch.tensor(positions), ids, lanes, torch.tensor(requests)
 
 
 def _pad(sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -220,16 +236,18 @@ def _pad(sequences: Sequence[Sequence[int]]) -> Tensor:
 
 def logits_of(model: LaneEncoder, batch: Batch) -> Tensor:
     """The logits of every pair of the batch; the trusted lanes are computed once a request."""
-    ids = batch.instruction_ids
-    instruction = model.encode_trusted(Lane.INSTRUCTION, ids, ids != 0)
-    query = model.encode_trusted(Lane.QUERY, batch.query_ids, batch.query_ids != 0, instruction)
-    trusted = join_lanes(instruction, query)
     logits, positions = [], []
-    for position, ids, lanes, group in batch.candidates:
-        positions.append(position)
-        logits.append(
-            model.score_candidates(ids, lanes, ids != 0, instruction, query, trusted, group)
-        )
+    for requests in batch.requests:
+        instruction = None
+        if requests.instruction_ids is not None:
+            ids = requests.instruction_ids
+            instruction = model.encode_trusted(Lane.INSTRUCTION, ids, ids != 0)
+        ids = requests.query_ids
+        query = model.encode_trusted(Lane.QUERY, ids, ids != 0, instruction)
+        trusted = trust(query, instruction)
+        for position, ids, lanes, group in requests.passes:
+            positions.append(position)
+            logits.append(model.score_candidates(ids, lanes, ids != 0, trusted, group))
     return torch.cat(logits)[torch.cat(positions).argsort()]
 
 
@@ -267,36 +285,21 @@ def neutral_loss(logits: Tensor, pairs: Tensor) -> Tensor:
     return (logits[pairs[:, 0]].sigmoid() - logits[pairs[:, 1]].sigmoid()).square().mean() * 10
 
 
-def distillation_loss(
-    logits: Tensor, teacher: Tensor, lists: Sequence[Tensor], scale: float
-) -> Tensor:
-    """KL divergence from the bi-encoder's ranking of a list, without an instruction.
-
-    `teacher` holds the logits of the untrained model, `8 · cosine + bias`.
-    """
-    losses = []
-    for positions in lists:
-        wanted = (teacher[positions] * (scale / 8)).log_softmax(0)
-        given = (logits[positions] * (scale / 8)).log_softmax(0)
-        losses.append((wanted.exp() * (wanted - given)).sum())
-    return torch.stack(losses).mean() if losses else logits.sum() * 0
-
-
 class MasterWeights:
     """AdamW on float32 copies of the model's parameters, whatever the model computes in."""
 
     def __init__(self, model: LaneEncoder, config: dict[str, Any]) -> None:
-        """Take over all parameters but the word embeddings, which stay as they are."""
-        model.word_embeddings.requires_grad_(requires_grad=False)
+        """Take over the parameters that training moves, and freeze the bi-encoder's."""
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_trained(name))
         self.live = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.master = {n: p.detach().float().clone().requires_grad_() for n, p in self.live.items()}
-        new = ("head_", "scale", "bias", "instruction_weight", "lane_embeddings")
-        is_new = {n: n.startswith(new) or n.endswith("trusted_gate") for n in self.master}
-        rates = {True: config["new_learning_rate"], False: config["learning_rate"]}
+        adapter = {n: n.endswith((".down", ".up")) for n in self.master}
+        rates = {True: config["adapter_learning_rate"], False: config["learning_rate"]}
         self.optimizer = torch.optim.AdamW(
             [
                 {
-                    "params": [p for n, p in self.master.items() if is_new[n] is flag],
+                    "params": [p for n, p in self.master.items() if adapter[n] is flag],
                     "lr": rate,
                     "rate": rate,
                     "weight_decay": config["weight_decay"],
@@ -350,16 +353,11 @@ class MasterWeights:
 
 
 @torch.no_grad()
-def save_model(weights: MasterWeights, share: float, start: Path, out: Path) -> None:
-    """Write the model in float16, `share` of the way from the start to the trained weights.
-
-    Stopping short of the trained weights keeps more of what the start knew (WiSE-FT, Wortsman et
-    al., CVPR 2022).
-    """
+def save_model(weights: MasterWeights, start: Path, out: Path) -> None:
+    """Write the model in float16: the bi-encoder's weights and the trained ones."""
     model = start_as_bi_encoder(start)
-    for name, parameter in model.named_parameters():
-        if name in weights.master:
-            parameter.lerp_(weights.master[name], share)
+    for name, trained in weights.master.items():
+        model.get_parameter(name).copy_(trained)
     torch.nn.Module.to(model, torch.float16).save_pretrained(out)
     (out / "tokenizer.json").write_bytes((start / "tokenizer.json").read_bytes())
 
@@ -392,6 +390,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="train fewer or more steps than configured")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    disable_progress_bar()
     config = tomllib.loads(arguments.config.read_text())
     steps, seed, loss_weights = arguments.steps or config["steps"], config["seed"], config["loss"]
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -402,8 +401,6 @@ def main() -> None:
     model = start_as_bi_encoder(folder)
     weights = MasterWeights(model, config)
     model.cast_encoder(dtype)
-    teacher = start_as_bi_encoder(folder).cast_encoder(dtype)
-    teacher.requires_grad_(requires_grad=False)
     lanes = LaneTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")))
     collate = Collator(lanes, config["tokens_per_batch"])
     pools = read_groups(arguments.data)
@@ -416,19 +413,16 @@ def main() -> None:
     for step in range(first, steps):
         batch = collate(draw(pools, config["mix"], seed, step))
         logits = logits_of(model, batch)
-        kept = [batch.lists[i] for i in batch.distilled]
-        wanted = teach(teacher, batch)
         losses = {
             "pointwise": pointwise_loss(logits, batch.targets),
             "listwise": listwise_loss(logits, batch.targets, batch.lists),
             "vertical": vertical_loss(logits, batch.targets, batch.vertical),
             "neutral": neutral_loss(logits, batch.neutral),
-            "distillation": distillation_loss(logits, wanted, kept, loss_weights["teacher_scale"]),
         }
         sum(loss_weights[name] * loss for name, loss in losses.items()).backward()
         warm = min(1.0, (step + 1) / config["warmup_steps"])
         weights.step(warm * (1 - step / steps), config["clip_norm"])
-        seen += sum(ids.numel() for _, ids, _, _ in batch.candidates)
+        seen += sum(ids.numel() for part in batch.requests for _, ids, _, _ in part.passes)
         for name, loss in losses.items():
             mean[name] = 0.95 * mean.get(name, loss.item()) + 0.05 * loss.item()
         if (step + 1) % 10 == 0:
@@ -437,30 +431,8 @@ def main() -> None:
             log.info("step %d/%d, %.0f tokens/s: %s", step + 1, steps, rate, text)
         if (step + 1) % config["save_every"] == 0 or step + 1 == steps:
             weights.save(checkpoint, step + 1)
-    save_model(weights, config["interpolation"], folder, arguments.out / "model")
+            save_model(weights, folder, arguments.out / "model")
     log.info("saved %s", arguments.out / "model")
-
-
-@torch.no_grad()
-def teach(teacher: LaneEncoder, batch: Batch) -> Tensor:
-    """The bi-encoder's logits where a request is to be distilled; zero elsewhere."""
-    result = torch.zeros(len(batch.targets))
-    number = {request: row for row, request in enumerate(batch.distilled)}
-    if not number:
-        return result
-    empty = torch.zeros(len(number), 0, dtype=torch.long)
-    instruction = teacher.encode_trusted(Lane.INSTRUCTION, empty, empty != 0)
-    ids = batch.query_ids[batch.distilled]
-    query = teacher.encode_trusted(Lane.QUERY, ids, ids != 0, instruction)
-    trusted = join_lanes(instruction, query)
-    for position, ids, lanes, group in batch.candidates:
-        rows = torch.tensor([i for i, g in enumerate(group.tolist()) if g in number])
-        if len(rows):
-            to = torch.tensor([number[g] for g in group[rows].tolist()])
-            result[position[rows]] = teacher.score_candidates(
-                ids[rows], lanes[rows], ids[rows] != 0, instruction, query, trusted, to
-            )
-    return result
 
 
 if __name__ == "__main__":

@@ -579,7 +579,7 @@ def test_the_instruction_is_resolved_on_the_callers_side_of_the_thread_hop(score
         ({"top_n": 0}, "`top_n`.*greater than or equal to 1, got 0"),
         ({"top_n": True}, "`top_n`.*integer, got True"),
         ({"top_n": "3"}, "`top_n`"),
-        ({"model": 5}, "`model` must be a name, .*int: 5"),
+        ({"model": 5}, "`model` must be a name or folder, .*int: 5"),
         ({"instruction": ["blue"]}, "`instruction` must be a str"),
         ({"instruction_key": 5}, "`instruction_key`"),
         ({"instruction_from": 5}, "`instruction_from`.*got 5"),

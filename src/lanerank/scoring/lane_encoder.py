@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,10 +12,13 @@ from torch import Tensor
 from lanerank.contracts import Lane, RerankRequest, Scores
 from lanerank.errors import InputError
 from lanerank.lanes import LaneTokenizer, TokenizedCandidate
-from lanerank.scoring.modeling_lane_encoder import LaneEncoder, LaneStates, join_lanes
-
-_CANDIDATES_PER_CHUNK = 1024
-"""How many candidates are tokenised and sorted by length at a time; bounds memory."""
+from lanerank.scoring.batching import score_in_batches
+from lanerank.scoring.modeling_lane_encoder import (
+    LaneEncoder,
+    LaneStates,
+    TrustedLanes,
+    trust,
+)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -29,15 +30,6 @@ def default_dtype(device: torch.device) -> torch.dtype:
         if any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
             return torch.bfloat16
     return torch.float32
-
-
-@dataclass(frozen=True, slots=True)
-class TrustedLanes:
-    """The trusted lanes of one request: all that a candidate gets to see above itself."""
-
-    instruction: LaneStates
-    query: LaneStates
-    joined: LaneStates
 
 
 class LaneEncoderScorer:
@@ -71,7 +63,7 @@ class LaneEncoderScorer:
         self.lanes = lanes
         self.device = torch.device(device)
         self.dtype = dtype or default_dtype(self.device)
-        self.model = model.cast_encoder(self.dtype, self.device)
+        self.model = model.fold_adapters().cast_encoder(self.dtype, self.device)
         torch.nn.Module.eval(self.model).requires_grad_(requires_grad=False)
         self.tokens_per_batch = tokens_per_batch
         self._cached_instructions = cached_instructions
@@ -89,46 +81,32 @@ class LaneEncoderScorer:
         Raises:
             InputError: The instruction or the query is longer than its lane, which is never cut.
         """
-        total = len(request.candidates)
-        values = [0.0] * total
-        truncated = [False] * total
         with torch.inference_mode():
             trusted = self.trusted_lanes(request.instruction, request.query)
-            for start in range(0, total, _CANDIDATES_PER_CHUNK):
-                windows: list[TokenizedCandidate] = []
-                chunk = request.candidates[start : start + _CANDIDATES_PER_CHUNK]
-                for index, candidate in enumerate(chunk, start):
-                    parts, truncated[index] = self.lanes.candidate(
-                        index, candidate, request.long_documents
-                    )
-                    windows += parts
-                best = [float("-inf")] * total
-                for batch in self._batches(windows):
-                    logits = self._logits(batch, trusted)
-                    for window, logit in zip(batch, logits.tolist(), strict=True):
-                        # NaN compares false: once there it stays, instead of being hidden by
-                        # another window.
-                        if math.isnan(logit) or logit > best[window.index]:
-                            best[window.index] = logit
-                done = min(start + _CANDIDATES_PER_CHUNK, total)
-                probabilities = torch.tensor(best[start:done], dtype=torch.float64).sigmoid()
-                values[start:done] = probabilities.tolist()
-                if request.progress is not None:
-                    request.progress(done, total)
-        return Scores(tuple(values), tuple(truncated))
+            logits, truncated = score_in_batches(
+                request,
+                lambda index, candidate: self.lanes.candidate(
+                    index, candidate, request.long_documents
+                ),
+                lambda batch: self._logits(batch, trusted),
+                lambda longest: self.tokens_per_batch // longest,
+            )
+        probabilities = torch.tensor(logits, dtype=torch.float64).sigmoid()
+        return Scores(tuple(probabilities.tolist()), tuple(truncated))
 
     def trusted_lanes(self, instruction: str, query: str) -> TrustedLanes:
         """The trusted lanes of a request, computed without any document.
 
         The instruction lane is a function of the instruction alone, and is kept for later calls.
         """
-        above = self._instruction(self.lanes.trusted(Lane.INSTRUCTION, instruction))
+        rule = self.lanes.trusted(Lane.INSTRUCTION, instruction)
+        above = self._instruction(rule) if rule else None
         ids = self.lanes.trusted(Lane.QUERY, query)
         room = self.model.config.max_position_embeddings
         if len(ids) > room:
             raise InputError(f"`query` has {len(ids)} tokens, the model reads {room}; shorten it")
         query_lane = self._encode(Lane.QUERY, ids, above)
-        return TrustedLanes(above, query_lane, join_lanes(above, query_lane))
+        return trust(query_lane, above)
 
     def _instruction(self, ids: tuple[int, ...]) -> LaneStates:
         with self._cache_lock:
@@ -146,16 +124,7 @@ class LaneEncoderScorer:
         row = torch.tensor([ids], dtype=torch.long, device=self.device).reshape(1, -1)
         return self.model.encode_trusted(lane, row, torch.ones_like(row, dtype=torch.bool), above)
 
-    def _batches(self, windows: list[TokenizedCandidate]) -> Iterator[list[TokenizedCandidate]]:
-        """Windows of similar length together, so that little of a batch is padding."""
-        ordered = sorted(windows, key=len, reverse=True)
-        start = 0
-        while start < len(ordered):
-            size = max(1, self.tokens_per_batch // len(ordered[start]))
-            yield ordered[start : start + size]
-            start += size
-
-    def _logits(self, batch: list[TokenizedCandidate], trusted: TrustedLanes) -> Tensor:
+    def _logits(self, batch: Sequence[TokenizedCandidate], trusted: TrustedLanes) -> Tensor:
         longest = len(batch[0])
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         lanes = torch.full_like(ids, int(Lane.DOCUMENT))
@@ -168,7 +137,5 @@ class LaneEncoderScorer:
             ids.to(self.device),
             lanes.to(self.device),
             mask.to(self.device),
-            trusted.instruction,
-            trusted.query,
-            trusted.joined,
+            trusted,
         )

@@ -1,6 +1,7 @@
 """The lane encoder: a BERT-shaped reranker whose lanes see only themselves and those above.
 
-The attention rule, for a token of a candidate (attributes or document lane) in head `h`:
+The attention rule, for a token of a candidate (attributes or document lane) in head `h`, where
+there is an instruction:
 
     a = softmax(q Kᶜ) Vᶜ + tanh(g_h) · softmax(q Kᵗ) Vᵗ
 
@@ -9,9 +10,9 @@ where `c` is the candidate's own sequence (document tokens see attributes, not t
 instruction never sees the query. So the trusted keys and values are computed once and shared by
 all candidates, and no document can change them.
 
-The gates `g` start at zero and the head starts as the cosine of mean-pooled lanes: initialised
-from a bi-encoder, an untrained lane encoder without an instruction *is* that bi-encoder, and
-training adds to it.
+What training adds (gates, low-rank differences of the weights, lane embeddings, the head) applies
+only where there is an instruction. Without one, a lane encoder initialised from a bi-encoder *is*
+that bi-encoder, trained or not: the score grows with the cosine of mean-pooled query and candidate.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class LaneEncoderConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
     attributes_budget: int = 128
     """Tokens that the attributes lane may have; the other lanes use all positions."""
+    adapter_rank: int = 40
+    """Rank of what an instruction adds to each weight matrix."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,33 @@ class LaneStates:
     """One trusted lane after the encoder, for a batch of `n` texts padded to `t` tokens."""
 
     keys: tuple[Tensor, ...]
-    """For each layer, `(n, heads, t, head size)`."""
+    """For each layer, `(heads, n, t, head size)`."""
     values: tuple[Tensor, ...]
-    """For each layer, `(n, heads, t, head size)`."""
+    """For each layer, `(heads, n, t, head size)`."""
     mask: Tensor
     """`(n, t)`, true where there is a token."""
     total: Tensor
     """`(n, hidden size)`, float32: the sum of the last layer over the lane's tokens."""
 
 
-def join_lanes(first: LaneStates, second: LaneStates) -> LaneStates:
-    """The two lanes side by side, as the lanes below see them."""
+@dataclass(frozen=True)
+class TrustedLanes:
+    """The trusted lanes of `n` requests: all that a candidate gets to see above itself."""
+
+    query: LaneStates
+    instruction: LaneStates | None = None
+    """`None` where the requests have no instruction."""
+    joined: LaneStates | None = None
+    """Both lanes side by side, as the lanes below see them; `None` without an instruction."""
+
+
+def trust(query: LaneStates, instruction: LaneStates | None) -> TrustedLanes:
+    """Put the trusted lanes of some requests together."""
+    joined = None if instruction is None else _join(instruction, query)
+    return TrustedLanes(query, instruction, joined)
+
+
+def _join(first: LaneStates, second: LaneStates) -> LaneStates:
     return LaneStates(
         tuple(torch.cat(pair, 2) for pair in zip(first.keys, second.keys, strict=True)),
         tuple(torch.cat(pair, 2) for pair in zip(first.values, second.values, strict=True)),
@@ -73,7 +92,8 @@ def join_lanes(first: LaneStates, second: LaneStates) -> LaneStates:
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
     # Plain matrix products: at head size 32 they beat the fused CPU kernel, which is made for
-    # long sequences and large heads.
+    # long sequences and large heads. Heads come first, so that candidates that share their keys
+    # are the rows of one product.
     logits = queries @ keys.transpose(-1, -2)
     if bias is not None:
         logits = logits + bias
@@ -81,8 +101,39 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) 
 
 
 def _visible(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The attention bias that hides padding: `(n, 1, 1, t)`."""
-    return ((~mask).to(dtype) * _MASKED)[:, None, None, :]
+    """The attention bias that hides padding: `(n, 1, t)`."""
+    return ((~mask).to(dtype) * _MASKED)[:, None, :]
+
+
+class InstructedLinear(nn.Module):
+    """A linear map with a low-rank difference that applies where there is an instruction.
+
+    `y = W x + b`, and `y = (W + U D) x + b` under an instruction (LoRA, Hu et al., ICLR 2022, with
+    the condition in place of the task). `U` starts at zero.
+    """
+
+    def __init__(self, inner: int, outer: int, rank: int) -> None:
+        """Build the map; `rank` is the number of rows of `D`."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outer, inner))
+        self.bias = nn.Parameter(torch.zeros(outer))
+        self.down = nn.Parameter(torch.empty(rank, inner))
+        self.up = nn.Parameter(torch.zeros(outer, rank))
+        self.register_buffer("folded", None, persistent=False)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Keep `W + U D` beside `W`, so that an instruction costs no more than none."""
+        self.folded = self.weight + (self.up.float() @ self.down.float()).to(self.weight.dtype)
+
+    def forward(self, hidden: Tensor, instructed: bool) -> Tensor:  # noqa: FBT001 - an input
+        """Apply the map to `(..., inner)`."""
+        if not instructed:
+            return F.linear(hidden, self.weight, self.bias)
+        if self.folded is not None:
+            return F.linear(hidden, self.folded, self.bias)
+        plain = F.linear(hidden, self.weight, self.bias)
+        return plain + F.linear(F.linear(hidden, self.down), self.up)
 
 
 class LaneEncoderLayer(nn.Module):
@@ -91,29 +142,30 @@ class LaneEncoderLayer(nn.Module):
     def __init__(self, config: LaneEncoderConfig) -> None:
         """Build the layer with its gates closed."""
         super().__init__()
-        size = config.hidden_size
+        size, rank = config.hidden_size, config.adapter_rank
         self.heads = config.num_attention_heads
         self.head_size = size // self.heads
-        self.qkv = nn.Linear(size, 3 * size)
-        self.attention_output = nn.Linear(size, size)
+        self.qkv = InstructedLinear(size, 3 * size, rank)
+        self.attention_output = InstructedLinear(size, size, rank)
         self.attention_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        self.intermediate = nn.Linear(size, config.intermediate_size)
-        self.output = nn.Linear(config.intermediate_size, size)
+        self.intermediate = InstructedLinear(size, config.intermediate_size, rank)
+        self.output = InstructedLinear(config.intermediate_size, size, rank)
         self.output_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.trusted_gate = nn.Parameter(torch.zeros(self.heads))
 
-    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled queries, keys and values, each `(n, heads, t, head size)`."""
+    def project(self, hidden: Tensor, instructed: bool) -> tuple[Tensor, Tensor, Tensor]:  # noqa: FBT001 - an input
+        """Scaled queries, keys and values, each `(heads, n, t, head size)`."""
         n, t, _ = hidden.shape
-        qkv = self.qkv(hidden).view(n, t, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
+        projected = self.qkv(hidden, instructed).view(n, t, 3, self.heads, self.head_size)
+        qkv = projected.permute(2, 3, 0, 1, 4).contiguous()
         return qkv[0] * self.head_size**-0.5, qkv[1], qkv[2]
 
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, hidden: Tensor, attended: Tensor, instructed: bool) -> Tensor:  # noqa: FBT001 - an input
         """The rest of the layer after attention."""
-        attended = attended.transpose(1, 2).flatten(2)
-        hidden = self.attention_norm(hidden + self.attention_output(attended))
-        widened = F.gelu(self.intermediate(hidden))
-        finished: Tensor = self.output_norm(hidden + self.output(widened))
+        attended = attended.permute(1, 2, 0, 3).flatten(2)
+        hidden = self.attention_norm(hidden + self.attention_output(attended, instructed))
+        widened = F.gelu(self.intermediate(hidden, instructed))
+        finished: Tensor = self.output_norm(hidden + self.output(widened, instructed))
         return finished
 
 
@@ -121,8 +173,7 @@ class LaneEncoder(PreTrainedModel):
     """Scores candidates against an instruction and a query, each in a lane of its own.
 
     `encode_trusted` computes a trusted lane, `score_candidates` scores candidates against the
-    joined trusted lanes; `forward` does both for a batch. Training and inference use the same
-    three methods.
+    trusted lanes; `forward` does both for a batch. Training and inference use the same methods.
     """
 
     config_class = LaneEncoderConfig
@@ -135,10 +186,13 @@ class LaneEncoder(PreTrainedModel):
         self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=0)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
         self.lane_embeddings = nn.Embedding(len(Lane), size)
+        """Added under an instruction; the plain encoder does not know of lanes."""
         self.embedding_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(
             LaneEncoderLayer(config) for _ in range(config.num_hidden_layers)
         )
+        self.plain_scale = nn.Parameter(torch.tensor(8.0))
+        self.plain_bias = nn.Parameter(torch.tensor(-3.0))
         self.scale = nn.Parameter(torch.tensor(8.0))
         self.bias = nn.Parameter(torch.tensor(-3.0))
         self.instruction_weight = nn.Parameter(torch.tensor(0.6))
@@ -147,12 +201,16 @@ class LaneEncoder(PreTrainedModel):
         self.post_init()  # type: ignore[no-untyped-call]  # transformers does not annotate it
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, (nn.Linear, nn.Embedding, InstructedLinear)):
             nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, InstructedLinear)):
             nn.init.zeros_(module.bias)
-        if module is getattr(self, "head_output", None):
-            nn.init.zeros_(module.weight)
+        if isinstance(module, InstructedLinear):
+            nn.init.normal_(module.down, std=0.02)
+            nn.init.zeros_(module.up)
+        for start_at_zero in ("head_output", "lane_embeddings"):
+            if module is getattr(self, start_at_zero, None):
+                nn.init.zeros_(module.weight)
 
     def cast_encoder(self, dtype: torch.dtype, device: torch.device | None = None) -> LaneEncoder:
         """Compute the encoder in `dtype` and the head in float32; returns the model."""
@@ -162,8 +220,16 @@ class LaneEncoder(PreTrainedModel):
             module.to(dtype)
         for linear in (self.head_hidden, self.head_output):
             linear.float()
-        for parameter in (self.scale, self.bias, self.instruction_weight):
+        plain = (self.plain_scale, self.plain_bias)
+        for parameter in (*plain, self.scale, self.bias, self.instruction_weight):
             parameter.data = parameter.data.float()
+        return self
+
+    def fold_adapters(self) -> LaneEncoder:
+        """Make instructed scoring as quick as plain scoring; for inference. Returns the model."""
+        for module in self.modules():
+            if isinstance(module, InstructedLinear):
+                module.fold()
         return self
 
     def encode_trusted(
@@ -173,24 +239,23 @@ class LaneEncoder(PreTrainedModel):
 
         Args:
             lane: `Lane.INSTRUCTION` or `Lane.QUERY`.
-            ids: Token ids, `(n, t)`; `t` may be 0 where no text of the batch has the lane.
+            ids: Token ids, `(n, t)`.
             mask: `(n, t)`, true where there is a token.
-            above: The lane that this one may also attend to (the instruction, for the query).
+            above: The instruction that a query may also attend to; `None` where there is none.
         """
-        hidden = self._embed(ids, self._lane_like(ids, lane))
+        instructed = lane is Lane.INSTRUCTION or above is not None
+        hidden = self._embed(ids, torch.full_like(ids, int(lane)), instructed)
         visible = mask if above is None else torch.cat([above.mask, mask], 1)
-        # A text without tokens in this lane (no instruction) would leave nothing to attend to;
-        # its rows are padding, so what they hold is never read.
         bias = _visible(visible, hidden.dtype) if not bool(visible.all()) else None
         keys, values = [], []
         for index, layer in enumerate(cast("list[LaneEncoderLayer]", self.layers)):
-            q, k, v = layer.project(hidden)
+            q, k, v = layer.project(hidden, instructed)
             keys.append(k)
             values.append(v)
             if above is not None:
                 k = torch.cat([above.keys[index], k], 2)
                 v = torch.cat([above.values[index], v], 2)
-            hidden = layer.finish(hidden, _attend(q, k, v, bias))
+            hidden = layer.finish(hidden, _attend(q, k, v, bias), instructed)
         total = (hidden.float() * mask.unsqueeze(-1)).sum(1)
         return LaneStates(tuple(keys), tuple(values), mask, total)
 
@@ -199,9 +264,7 @@ class LaneEncoder(PreTrainedModel):
         ids: Tensor,
         lanes: Tensor,
         mask: Tensor,
-        instruction: LaneStates,
-        query: LaneStates,
-        trusted: LaneStates,
+        trusted: TrustedLanes,
         group: Tensor | None = None,
     ) -> Tensor:
         """Score candidates against the trusted lanes.
@@ -210,15 +273,15 @@ class LaneEncoder(PreTrainedModel):
             ids: `(b, t)`: the attributes lane, then the document lane, then padding.
             lanes: `(b, t)`: `Lane.ATTRIBUTES` or `Lane.DOCUMENT` for each token.
             mask: `(b, t)`, true where there is a token.
-            instruction: The instruction lanes of the `n` requests in the batch.
-            query: The query lanes of the same requests.
-            trusted: `join_lanes(instruction, query)`, joined once by the caller.
+            trusted: The trusted lanes of the `n` requests in the batch.
             group: `(b,)`: for each candidate the request it belongs to. `None` where `n` is 1.
 
         Returns:
             `(b,)` float32 logits; their sigmoid is the score.
         """
-        hidden = self._embed(ids, lanes)
+        above = trusted.joined
+        instructed = above is not None
+        hidden = self._embed(ids, lanes, instructed)
         dtype = hidden.dtype
         is_attribute = lanes == Lane.ATTRIBUTES
         own = _visible(mask, dtype) if not bool(mask.all()) else None
@@ -226,22 +289,31 @@ class LaneEncoder(PreTrainedModel):
             # Attributes do not see the document: what the index says of a text must not depend
             # on what the text says of itself.
             hidden_from_attributes = is_attribute[:, :, None] & ~is_attribute[:, None, :]
-            block = hidden_from_attributes[:, None].to(dtype) * _MASKED
+            block = hidden_from_attributes.to(dtype) * _MASKED
             own = block if own is None else torch.maximum(own + block, block.new_tensor(_MASKED))
-        above = trusted.mask if group is None else trusted.mask[group]
-        above_bias = _visible(above, dtype) if not bool(above.all()) else None
         for index, layer in enumerate(cast("list[LaneEncoderLayer]", self.layers)):
-            q, k, v = layer.project(hidden)
+            q, k, v = layer.project(hidden, instructed)
             attended = _attend(q, k, v, own)
-            trusted_k, trusted_v = trusted.keys[index], trusted.values[index]
-            if group is not None:
-                trusted_k, trusted_v = trusted_k[group], trusted_v[group]
-            gate = layer.trusted_gate.tanh().to(dtype)[:, None, None]
-            attended = attended + gate * _attend(q, trusted_k, trusted_v, above_bias)
-            hidden = layer.finish(hidden, attended)
+            if above is not None:
+                attended = attended + self._attend_above(layer, index, q, above, group)
+            hidden = layer.finish(hidden, attended, instructed)
         weight = mask.unsqueeze(-1)
         document = (hidden.float() * weight).sum(1) / weight.sum(1)
-        return self._head(document, instruction, query, group)
+        return self._head(document, trusted, group)
+
+    @staticmethod
+    def _attend_above(
+        layer: LaneEncoderLayer, index: int, q: Tensor, above: LaneStates, group: Tensor | None
+    ) -> Tensor:
+        keys, values, mask = above.keys[index], above.values[index], above.mask
+        if group is not None:
+            keys, values, mask = keys[:, group], values[:, group], mask[group]
+        bias = _visible(mask, q.dtype) if not bool(mask.all()) else None
+        shape = q.shape
+        if group is None:
+            q = q.flatten(1, 2).unsqueeze(1)
+        attended = _attend(q, keys, values, bias).view(shape)
+        return layer.trusted_gate.tanh().to(q.dtype)[:, None, None, None] * attended
 
     def forward(
         self,
@@ -254,7 +326,8 @@ class LaneEncoder(PreTrainedModel):
         """Score a batch of requests, each with its own trusted lanes.
 
         Args:
-            instruction_ids: `(n, i)`, padded with `config.pad_token_id`.
+            instruction_ids: `(n, i)`, padded with `config.pad_token_id`; all padding for a
+                request without an instruction.
             query_ids: `(n, q)`, padded.
             candidate_ids: `(b, t)`, padded.
             candidate_lanes: `(b, t)`.
@@ -264,58 +337,63 @@ class LaneEncoder(PreTrainedModel):
             `(b,)` float32 logits.
         """
         pad = self.config.pad_token_id
-        instruction = self.encode_trusted(Lane.INSTRUCTION, instruction_ids, instruction_ids != pad)
-        query = self.encode_trusted(Lane.QUERY, query_ids, query_ids != pad, instruction)
-        trusted = join_lanes(instruction, query)
-        mask = candidate_ids != pad
-        return self.score_candidates(
-            candidate_ids, candidate_lanes, mask, instruction, query, trusted, group
-        )
+        instructed = (instruction_ids != pad).any(1)
+        logits = torch.zeros(len(candidate_ids), device=candidate_ids.device)
+        # Requests with and without an instruction take different weights.
+        for flag in (True, False):
+            requests = (instructed == flag).nonzero().squeeze(1)
+            rows = (instructed[group] == flag).nonzero().squeeze(1)
+            if not len(rows):
+                continue
+            above = None
+            if flag:
+                ids = instruction_ids[requests]
+                above = self.encode_trusted(Lane.INSTRUCTION, ids, ids != pad)
+            ids = query_ids[requests]
+            query = self.encode_trusted(Lane.QUERY, ids, ids != pad, above)
+            ids, lanes = candidate_ids[rows], candidate_lanes[rows]
+            # The place of each request among those of its kind.
+            place = (instructed == flag).cumsum(0)[group[rows]] - 1
+            scored = self.score_candidates(ids, lanes, ids != pad, trust(query, above), place)
+            logits = logits.index_copy(0, rows, scored)
+        return logits
 
-    def _embed(self, ids: Tensor, lanes: Tensor) -> Tensor:
+    def _embed(self, ids: Tensor, lanes: Tensor, instructed: bool) -> Tensor:  # noqa: FBT001 - an input
         # Each lane has positions of its own, counted from its first token.
         steps = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         attributes = (lanes == Lane.ATTRIBUTES).sum(1, keepdim=True)
         positions = torch.where(lanes == Lane.ATTRIBUTES, steps, steps - attributes)
         # Padding may reach further than any lane does; what it holds is never read.
         positions = positions.clamp(max=self.config.max_position_embeddings - 1)
-        embedded: Tensor = self.embedding_norm(
-            self.word_embeddings(ids)
-            + self.position_embeddings(positions)
-            + self.lane_embeddings(lanes)
-        )
-        return embedded
+        embedded = self.word_embeddings(ids) + self.position_embeddings(positions)
+        if instructed:
+            embedded = embedded + self.lane_embeddings(lanes)
+        normed: Tensor = self.embedding_norm(embedded)
+        return normed
 
-    @staticmethod
-    def _lane_like(ids: Tensor, lane: Lane) -> Tensor:
-        return torch.full_like(ids, int(lane))
-
-    def _head(
-        self,
-        document: Tensor,
-        instruction: LaneStates,
-        query: LaneStates,
-        group: Tensor | None,
-    ) -> Tensor:
+    def _head(self, document: Tensor, trusted: TrustedLanes, group: Tensor | None) -> Tensor:
         """`scale · cos(trusted, document) + bias + MLP(products of the pooled lanes)`.
 
-        `trusted` is `(1 - w) · query + w · instruction`, and the query alone where there is no
-        instruction.
+        `trusted` is `(1 - w) · query + w · instruction`. Without an instruction it is the query,
+        with a scale and a bias of its own and no MLP.
         """
-        pooled_query = F.normalize(query.total, dim=-1)
-        pooled_instruction = F.normalize(instruction.total, dim=-1)
-        has_instruction = instruction.mask.any(1, keepdim=True).float()
-        weight = self.instruction_weight.sigmoid() * has_instruction
-        mixed = (1 - weight) * pooled_query + weight * pooled_instruction
-        pooled = [F.normalize(mixed, dim=-1), pooled_query, pooled_instruction]
-        if group is not None:
-            pooled = [lane[group] for lane in pooled]
+
+        def pooled(lane: LaneStates) -> Tensor:
+            unit = F.normalize(lane.total, dim=-1)
+            return unit if group is None else unit[group]
+
         document = F.normalize(document, dim=-1)
-        cosine = (pooled[0] * document).sum(-1)
+        query = pooled(trusted.query)
+        if trusted.instruction is None:
+            return self.plain_scale * (query * document).sum(-1) + self.plain_bias
+        instruction = pooled(trusted.instruction)
+        weight = self.instruction_weight.sigmoid()
+        mixed = F.normalize((1 - weight) * query + weight * instruction, dim=-1)
+        cosine = (mixed * document).sum(-1)
         # Products of unit vectors are of the order 1 / size; the factor brings them near 1.
         size = document.shape[-1]
-        products = [lane * document * size for lane in pooled]
-        singles = [document * size**0.5, pooled[2].expand_as(document) * size**0.5]
+        products = [lane * document * size for lane in (mixed, query, instruction)]
+        singles = [document * size**0.5, instruction.expand_as(document) * size**0.5]
         features = torch.cat([*products, *singles], -1)
         extra: Tensor = self.head_output(F.gelu(self.head_hidden(features))).squeeze(-1)
         return self.scale * cosine + self.bias + extra
