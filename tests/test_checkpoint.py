@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shutil
@@ -9,10 +10,22 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from lanerank import Reranker
 from lanerank.checkpoint import load_scorer
 from lanerank.contracts import Candidate, RerankRequest, Scorer
-from lanerank.errors import InputError, ModelLoadError
+from lanerank.errors import InputError, MissingExtraError, ModelLoadError
+from lanerank.scoring.causal_lm import CausalLMScorer
+from lanerank.scoring.cross_encoder import CrossEncoderScorer
+from lanerank.template import PromptTemplate
 
 REQUEST = RerankRequest(
     query="red fish",
@@ -224,3 +237,291 @@ def test_weights_that_are_not_numbers_load_and_their_scores_are_reported(folder)
     edit_weights(folder, lambda state: state["bias"].fill_(float("nan")))
     values = load_scorer(folder).score(REQUEST).values
     assert all(math.isnan(value) for value in values)
+
+
+# Causal language models and cross-encoders, by contract
+
+CONTRACT = {
+    "family": "mine",
+    "kind": "causal_lm",
+    "segments": [
+        {"fixed": "<|im_start|>user\nRule:"},
+        {"lane": "instruction", "before": " ", "after": "\n"},
+        {"lane": "query", "before": "Find: ", "after": "\n"},
+        {"lane": "document"},
+        {"fixed": "<|im_end|>\n<|im_start|>assistant\n"},
+    ],
+    "default_instruction": "Anything goes.",
+    "special_tokens": ["<|im_start|>", "<|im_end|>"],
+    "answers": {"positive": {"token": "yes"}, "negative": {"token": "no"}},
+}
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def causal_model(tmp_path_factory):
+    """A random Qwen3 with a small tokenizer and a chat template, in several files."""
+    folder = tmp_path_factory.mktemp("models") / "causal"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["yes", "no", "fish"] * 9, trainer)
+    special = ("<|im_start|>", "<|im_end|>")
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    wrapped.chat_template = CHAT
+    wrapped.save_pretrained(folder)
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        vocab_size=len(wrapped),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=1024,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder, max_shard_size="40KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    (folder / "lanerank.json").write_text(json.dumps(CONTRACT))
+    return folder
+
+
+@pytest.fixture
+def causal_folder(causal_model, tmp_path):
+    return shutil.copytree(causal_model, tmp_path / "causal")
+
+
+@pytest.fixture(scope="module")
+def cross_encoder_folder(tmp_path_factory, tiny_tokenizer):
+    folder = tmp_path_factory.mktemp("models") / "pairs"
+    tokenizer = Tokenizer.from_str(tiny_tokenizer.to_str())
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_labels=1,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_with_a_contract_gives_the_scorer_it_asks_for(causal_model) -> None:
+    scorer = load_scorer(causal_model, dtype="float32")
+    assert isinstance(scorer, CausalLMScorer)
+    assert (scorer.name, scorer.template.family) == ("causal", "mine")
+    values = scorer.score(REQUEST).values
+    model = Qwen3ForCausalLM.from_pretrained(causal_model, dtype=torch.float32)
+    prompt = scorer.prompts.prompt(REQUEST.query, REQUEST.instruction)
+    [window], _ = scorer.prompts.windows(0, REQUEST.candidates[0], "truncate", prompt)
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt.prefix, *window.ids]])).logits[0, -1]
+    yes, no = scorer.prompts.answer_ids
+    assert values[0] == pytest.approx((logits[yes] - logits[no]).sigmoid().item(), abs=1e-5)
+
+
+def test_a_contract_can_be_handed_over_in_three_ways(causal_folder, tmp_path) -> None:
+    (causal_folder / "lanerank.json").rename(tmp_path / "mine.json")
+    ways = (tmp_path / "mine.json", str(tmp_path / "mine.json"), PromptTemplate(**CONTRACT))
+    values = [load_scorer(causal_folder, contract=way).score(REQUEST).values for way in ways]
+    assert values[0] == values[1] == values[2]
+
+
+def test_a_contract_that_is_handed_over_goes_before_the_one_in_the_folder(causal_model) -> None:
+    scorer = load_scorer(causal_model, contract="yes-no-judge")
+    assert scorer.template.family == "yes-no-judge"
+    opening = scorer.template.segments[0].fixed
+    assert opening.startswith("<|im_start|>user\nJudge whether")
+    assert scorer.template.segments[-1].fixed.endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_reranker_takes_the_options_of_causal_models(causal_model) -> None:
+    reranker = Reranker.from_pretrained(
+        causal_model, attn_implementation="eager", tokens_per_batch=64, share_prefix=False
+    )
+    ranking = reranker.rank("red fish", ["a red fish", "a coach"], instruction="prefer marine")
+    assert ranking.instruction_applied == "lane"
+    assert reranker.scorer.model.config._attn_implementation == "eager"
+    assert (reranker.scorer.tokens_per_batch, reranker.scorer.share_prefix) == (64, False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_loaded_in_the_precision_asked_for(causal_model, dtype) -> None:
+    assert load_scorer(causal_model, dtype=dtype).model.dtype is getattr(torch, dtype)
+
+
+def test_a_cross_encoder_needs_a_contract_too(cross_encoder_folder) -> None:
+    scorer = load_scorer(cross_encoder_folder, contract="cross-encoder/ms-marco-MiniLM-L6-v2")
+    assert isinstance(scorer, CrossEncoderScorer)
+    request = RerankRequest(query="red", candidates=REQUEST.candidates)
+    assert all(0 < value < 1 for value in scorer.score(request).values)
+    with pytest.raises(ModelLoadError, match=r"type 'bert', and no contract.*put a lanerank\.json"):
+        load_scorer(cross_encoder_folder)
+
+
+def drop_shard(folder) -> None:
+    next(folder.glob("model-*.safetensors")).unlink()
+
+
+def only_bin(folder) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def drop_weight(folder) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    shard = folder / index["weight_map"]["lm_head.weight"]
+    state = load_file(shard)
+    del state["lm_head.weight"]
+    save_file(state, shard, metadata={"format": "pt"})
+    del index["weight_map"]["lm_head.weight"]
+    path.write_text(json.dumps(index))
+
+
+def damage_shard(folder) -> None:
+    path = next(folder.glob("model-*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def contract(**changes):
+    def write_contract(folder) -> None:
+        (folder / "lanerank.json").write_text(json.dumps({**CONTRACT, **changes}))
+
+    return write_contract
+
+
+def drop_chat_template(folder) -> None:
+    for path in folder.glob("chat_template*"):
+        path.unlink()
+    (folder / "lanerank.json").write_text('{"family": "yes-no-judge"}')
+
+
+def need_code(folder) -> None:
+    edit_config(folder, model_type="special", auto_map={"AutoModelForCausalLM": "special.Model"})
+    (folder / "special.py").write_text("raise RuntimeError('this code must not run')")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(drop_shard, "lacks model-0", id="no shard"),
+        pytest.param(only_bin, r"pytorch_model\.bin, which can run code", id="pickle"),
+        pytest.param(
+            write("model.safetensors.index.json", b"[]"), "index.json is not usable", id="index"
+        ),
+        pytest.param(drop_weight, r"lm_head\.weight \(1 in all\)", id="missing tensor"),
+        pytest.param(damage_shard, "cannot be loaded", id="short shard"),
+        pytest.param(write("config.json", b"{"), "has no usable tokenizer|cannot be", id="config"),
+        pytest.param(write("tokenizer.json", b"{}"), "no usable tokenizer", id="tokenizer"),
+        pytest.param(
+            write("lanerank.json", b"{}"),
+            r"lanerank\.json cannot be used as a contract",
+            id="empty",
+        ),
+        pytest.param(contract(promt=1), "`promt`: Extra inputs", id="typing mistake"),
+        pytest.param(contract(special_tokens=["<think>"]), "'<think>' as one", id="special"),
+        pytest.param(
+            contract(answers={"positive": {"token": "yes", "id": 3}}),
+            "token .* here, not 3",
+            id="id",
+        ),
+        pytest.param(drop_chat_template, "has no chat template", id="no chat template"),
+        pytest.param(need_code, "cannot be loaded|no usable tokenizer", id="remote code"),
+    ],
+)
+def test_a_damaged_causal_model_is_refused_with_one_line(causal_folder, damage, message) -> None:
+    damage(causal_folder)
+    with pytest.raises(ModelLoadError, match=message) as caught:
+        load_scorer(causal_folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_listwise_model_is_refused_before_anything_is_fetched() -> None:
+    with pytest.raises(
+        ModelLoadError, match="'jinaai/jina-reranker-v3' is refused: it is listwise"
+    ):
+        load_scorer("jinaai/jina-reranker-v3")
+
+
+def test_a_model_that_needs_code_is_refused_until_that_is_allowed() -> None:
+    name = "Alibaba-NLP/gte-multilingual-reranker-base"
+    with pytest.raises(ModelLoadError, match="pass `trust_remote_code=True`"):
+        load_scorer(name)
+    with pytest.raises(ModelLoadError, match="cannot fetch"):
+        load_scorer(name, trust_remote_code=True)
+
+
+def test_a_known_model_is_looked_up_by_its_exact_id() -> None:
+    with pytest.raises(ModelLoadError, match="cannot fetch 'zeroentropy/zerank-2'"):
+        load_scorer("zeroentropy/zerank-2")
+
+
+def test_a_contract_that_is_not_known_names_the_nearest(causal_model) -> None:
+    with pytest.raises(InputError, match="near it are 'zeroentropy/zerank-2'"):
+        load_scorer(causal_model, contract="zeroentropy/zerank2")
+
+
+def test_a_model_without_contract_says_how_to_write_one(causal_folder) -> None:
+    (causal_folder / "lanerank.json").unlink()
+    with pytest.raises(ModelLoadError, match=r"type 'qwen3', and no contract.*pass `contract=`"):
+        load_scorer(causal_folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"attn_implementation": "sdpa"}, "attn_implementation"),
+        ({"quantization": "8bit"}, "quantization"),
+        ({"device_map": "auto"}, "device_map"),
+        ({"compile_model": True}, "compile"),
+    ],
+)
+def test_options_that_a_lane_encoder_cannot_use_are_refused(options, name) -> None:
+    with pytest.raises(InputError, match=f"`{name}.*` is not for a lane encoder"):
+        load_scorer(**options)
+
+
+def test_an_unknown_quantization_is_refused(causal_model) -> None:
+    with pytest.raises(
+        InputError, match="`quantization` must be '8bit', '4bit' or None, got 'int8'"
+    ):
+        load_scorer(causal_model, quantization="int8")
+
+
+def test_quantization_without_its_package_says_what_to_install(causal_model) -> None:
+    if importlib.util.find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    with pytest.raises(MissingExtraError, match="pip install bitsandbytes"):
+        load_scorer(causal_model, quantization="4bit")
+
+
+def test_a_batch_limit_reaches_every_kind_of_scorer(
+    tiny_model_folder, causal_model, cross_encoder_folder
+) -> None:
+    for scorer in (
+        load_scorer(tiny_model_folder, tokens_per_batch=99),
+        load_scorer(causal_model, tokens_per_batch=99),
+        load_scorer(cross_encoder_folder, contract="granite-reranker", tokens_per_batch=99),
+    ):
+        assert scorer.tokens_per_batch == 99
+
+
+def test_no_folder_can_pass_for_the_model_in_the_package(folder, tmp_path, monkeypatch) -> None:
+    folder.rename(tmp_path / "lanerank-mini")
+    monkeypatch.chdir(tmp_path)
+    for name in (None, "lanerank-mini"):
+        assert load_scorer(name).model.config.vocab_size == 30522
+    assert load_scorer("./lanerank-mini").model.config.vocab_size < 30522

@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 import lanerank
 from lanerank import Reranker
 from lanerank.cli import app, main
+from lanerank.errors import InputError
+from lanerank.template import known_models
 
 WIDE = {"COLUMNS": "200"}
 JSONL = "\n".join(
@@ -486,3 +488,62 @@ def test_a_bad_file_is_found_before_a_model_is_loaded(tmp_path) -> None:
     result = shell("rank", "--model", "/no/such/model", "-q", "red", tmp_path / "missing.jsonl")
     assert "missing.jsonl" in result.stderr
     assert result.returncode == 2
+
+
+# Models
+
+
+def models(*arguments, **options):
+    return CliRunner().invoke(app, ["models", *arguments], env=WIDE, **options)
+
+
+def test_models_lists_every_model_that_has_a_contract() -> None:
+    result = models(catch_exceptions=False)
+    lines = [line.split()[0] for line in result.stdout.splitlines() if line.startswith("  ")]
+    assert {model for model, _ in known_models()} <= set(lines)
+    for words in ("zerank: instruction isolated", "contextual-rerank-v2: instruction open"):
+        assert words in result.stdout
+    assert "jina-reranker-v3: refused" in result.stdout
+
+
+def test_models_as_json_has_the_same() -> None:
+    listed = strict_json(models("--json", catch_exceptions=False).stdout)
+    assert [each["model"] for each in listed] == [model for model, _ in known_models()]
+    by_id = {each["model"]: each for each in listed}
+    assert by_id["Qwen/Qwen3-Reranker-0.6B"]["isolates_instruction"] is True
+    assert by_id["cross-encoder/ms-marco-MiniLM-L6-v2"]["instructions"] is False
+
+
+def test_models_show_prints_the_prompt_of_a_call() -> None:
+    texts = ("find IMO", "marine only", "a \x1b[31m surveyor </query>")
+    result = models(
+        *("show", "zeroentropy/zerank-2", "-q", texts[0], "-i", texts[1], "-d", texts[2]),
+        catch_exceptions=False,
+    )
+    assert "<query>find IMO</query>\n<instruction>marine only</instruction><|im_end|>" in (
+        result.stdout
+    )
+    # What the document holds is neither a marker nor a command to the terminal.
+    assert "\x1b" not in result.stdout
+    assert result.stdout.count("</query>") == 1
+    without = models("show", "zeroentropy/zerank-2", "-i", "", catch_exceptions=False).stdout
+    assert "<instruction>" not in without.split("prompt", 1)[1]
+
+
+def test_models_show_colours_the_lanes() -> None:
+    run = shell("models", "show", "zerank", FORCE_COLOR="1", COLUMNS="200")
+    assert "\x1b[32m<instruction>We are a marine logistics company.</instruction>" in run.stdout
+    assert "\x1b[36m<query>" in run.stdout
+    assert "\x1b[33m" in run.stdout
+
+
+def test_models_show_says_why_a_model_is_refused() -> None:
+    result = models("show", "jinaai/jina-reranker-v3", catch_exceptions=False)
+    assert "listwise" in result.stdout
+    assert "prompt" not in result.stdout
+
+
+def test_models_show_names_what_is_near_an_unknown_name() -> None:
+    result = models("show", "zerank2")
+    assert isinstance(result.exception, InputError)
+    assert "'zerank'" in str(result.exception)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Literal, get_args
@@ -21,14 +22,28 @@ from tokenizers import Tokenizer
 from lanerank.contracts import Scorer
 from lanerank.errors import InputError, ModelLoadError
 from lanerank.lanes import LaneBudgets, LaneTokenizer
-from lanerank.scoring.lane_encoder import LaneEncoderScorer
+from lanerank.scoring.lane_encoder import LaneEncoderScorer, default_dtype
 from lanerank.scoring.modeling_lane_encoder import LaneEncoder, LaneEncoderConfig
+from lanerank.scoring.pretrained import ModelOptions, load_pretrained
+from lanerank.template import (
+    LOCAL_CONTRACT,
+    PromptTemplate,
+    contract_for,
+    known_models,
+    read_contract,
+)
 
 DEFAULT_MODEL = "lanerank-mini"
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["8bit", "4bit"]
 
 _EMBEDDED = Path(__file__).parent / "models"
 _FILES = ("config.json", "model.safetensors", "tokenizer.json")
+_TRANSFORMERS_FILES = (
+    *("config.json", "generation_config.json", "chat_template.jinja", "model*.safetensors"),
+    *("model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "vocab.json"),
+    *("added_tokens.json", "merges.txt", "modules.json", "[0-9]_*/*", LOCAL_CONTRACT),
+)
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -37,6 +52,7 @@ _SIZES = (
     "intermediate_size",
     "max_position_embeddings",
     "attributes_budget",
+    "adapter_rank",
 )
 
 
@@ -47,33 +63,115 @@ def load_scorer(
     device: str = "auto",
     dtype: DtypeName = "auto",
     local_files_only: bool = False,
+    contract: str | Path | PromptTemplate | None = None,
+    attn_implementation: str | None = None,
+    device_map: str | None = None,
+    quantization: Quantization | None = None,
+    compile_model: bool = False,
+    trust_remote_code: bool = False,
+    tokens_per_batch: int | None = None,
+    share_prefix: bool = True,
 ) -> Scorer:
     """Load a model.
 
     Args:
-        name_or_path: A folder, a model shipped with lanerank (`"lanerank-mini"`, the default), or
-            the id of a model on the Hugging Face hub. Only the last one uses the network.
+        name_or_path: A folder, `"lanerank-mini"` (the default, in the package; a folder of that
+            name is `"./lanerank-mini"`), or the id of a model on the Hugging Face hub. Only the
+            last one uses the network.
         revision: Branch, tag or commit on the hub.
         device: `"cpu"`, `"cuda"`, `"mps"`, ...; `"auto"` takes CUDA if there is one, else the CPU.
         dtype: Precision; `"auto"` is bfloat16 where the device has it natively, else float32.
         local_files_only: Never ask the hub; use what an earlier call has cached.
+        contract: The prompt of a causal language model, or the facts of a cross-encoder: a model
+            id or family that lanerank knows, a JSON file, or a `PromptTemplate`. By default that
+            of the hub id, or the `lanerank.json` in the folder.
+        attn_implementation: As in transformers: `"eager"`, `"sdpa"`, `"flash_attention_2"`, ...
+        device_map: As in transformers: `"auto"` spreads the model over devices.
+        quantization: `"8bit"` or `"4bit"`, through bitsandbytes.
+        compile_model: Compile the model with `torch.compile` at the first call.
+        trust_remote_code: Run Python code from the model's repository, for the few models that
+            cannot do without.
+        tokens_per_batch: Bounds memory; the scorer's own default if `None`.
+        share_prefix: Compute what comes before the documents once per call; turn it off for
+            causal models that keep more than keys and values of what they read.
 
     Raises:
-        InputError: `device` or `dtype` is not known or not present.
+        InputError: An option is not known, not present, or not for this kind of model.
+        MissingExtraError: Quantisation needs a package that is not installed.
         ModelLoadError: Files are missing, corrupt, or of a kind that lanerank does not load.
     """
     if dtype not in get_args(DtypeName):
         raise InputError(f"`dtype` must be one of {', '.join(get_args(DtypeName))}, got {dtype!r}")
+    if quantization not in (None, *get_args(Quantization)):
+        raise InputError(f"`quantization` must be '8bit', '4bit' or None, got {quantization!r}")
     where = _device(device)
     precision = None if dtype == "auto" else getattr(torch, dtype)
+    options = ModelOptions(
+        device=where,
+        dtype=precision or default_dtype(where),
+        attn_implementation=attn_implementation,
+        device_map=device_map,
+        quantization=quantization,
+        compile=compile_model,
+        trust_remote_code=trust_remote_code,
+        tokens_per_batch=tokens_per_batch,
+        share_prefix=share_prefix,
+    )
     name = str(name_or_path or DEFAULT_MODEL)
-    folder = _folder(name, revision=revision, local_files_only=local_files_only)
-    config = _config(folder)
+    template = _contract(name, contract)
+    _refuse(name, template, options)
+    folder = _folder(
+        name,
+        revision=revision,
+        local_files_only=local_files_only,
+        known=template is not None,
+        code=trust_remote_code,
+    )
+    label = folder.name if folder.exists() and Path(name).exists() else name
+    if template is None and (folder / LOCAL_CONTRACT).is_file():
+        template = read_contract(folder / LOCAL_CONTRACT)
+        _refuse(name, template, options)
+    if template is not None:
+        return load_pretrained(folder, template, label, options)
+    config = _config(folder, name)
+    changed = [
+        option
+        for option in ("attn_implementation", "device_map", "quantization", "compile")
+        if getattr(options, option)
+    ]
+    if changed:
+        raise InputError(
+            f"`{changed[0]}` is not for a lane encoder, which {name!r} is; leave it out"
+        )
     tokenizer = _tokenizer(folder / "tokenizer.json", config)
     lanes = LaneTokenizer(tokenizer, _budgets(config, folder / "config.json"))
     model = _weights(folder / "model.safetensors", config)
-    label = folder.name if folder.exists() and Path(name).exists() else name
-    return LaneEncoderScorer(model, lanes, name=label, device=where, dtype=precision)
+    limit = {} if tokens_per_batch is None else {"tokens_per_batch": tokens_per_batch}
+    return LaneEncoderScorer(model, lanes, name=label, device=where, dtype=precision, **limit)
+
+
+def _contract(name: str, contract: str | Path | PromptTemplate | None) -> PromptTemplate | None:
+    if isinstance(contract, PromptTemplate):
+        return contract
+    if isinstance(contract, Path) or (isinstance(contract, str) and contract.endswith(".json")):
+        return read_contract(contract)
+    if contract is not None:
+        return contract_for(contract)
+    # A folder of that name goes before the hub, and says itself what it holds.
+    return None if Path(name).is_dir() else dict(known_models()).get(name)
+
+
+def _refuse(name: str, template: PromptTemplate | None, options: ModelOptions) -> None:
+    if template is None:
+        return
+    if template.kind == "refused":
+        raise ModelLoadError(f"{name!r} is refused: {template.reason}")
+    facts = template.models.get(name)
+    if facts is not None and facts.remote_code and not options.trust_remote_code:
+        raise ModelLoadError(
+            f"{name!r} runs Python code from its repository; read that code, and if you trust it "
+            "pass `trust_remote_code=True`, best with a `revision`"
+        )
 
 
 def _device(device: str) -> torch.device:
@@ -90,34 +188,59 @@ def _device(device: str) -> torch.device:
     return where
 
 
-def _folder(name: str, *, revision: str | None, local_files_only: bool) -> Path:
+def _folder(
+    name: str, *, revision: str | None, local_files_only: bool, known: bool, code: bool
+) -> Path:
+    # First, so that no folder of that name can pass for the model in the package.
+    if name == DEFAULT_MODEL:
+        return _EMBEDDED / name
     if Path(name).is_dir():
         return Path(name)
-    if (_EMBEDDED / name).is_dir():
-        return _EMBEDDED / name
     if Path(name).is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") != 1:
         raise ModelLoadError(
             f"there is no folder {name!r}, and it is not an id of the form 'owner/model'; "
             f"pass a folder with {', '.join(_FILES)}, or leave it out for {DEFAULT_MODEL}"
         )
+    patterns = [*_TRANSFORMERS_FILES, *(["*.py"] if code else [])]
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=list(_FILES),
-                local_files_only=local_files_only,
-            )
-        )
+        if not known:
+            # What the model is comes first: weights may have many gigabytes.
+            small = _fetch(name, ["config.json", LOCAL_CONTRACT], revision, local_files_only)
+            if not (small / LOCAL_CONTRACT).is_file():
+                _config(small, name)
+                patterns = list(_FILES)
+        return _fetch(name, patterns, revision, local_files_only)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelLoadError(
             f"cannot fetch {name!r} from the Hugging Face hub "
             f"({type(error).__name__}: {str(error).splitlines()[0]}); check the id and the "
-            "network, or pass a folder that holds the files"
+            "network, or pass a folder that holds the files" + ("" if known else _near(name))
         ) from error
 
 
-def _config(folder: Path) -> LaneEncoderConfig:
+def _near(name: str) -> str:
+    known = [model for model, _ in known_models()]
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    return f"; models with a contract and such a name: {', '.join(map(repr, near))}" if near else ""
+
+
+def _fetch(
+    name: str,
+    patterns: list[str],
+    revision: str | None,
+    local_files_only: bool,  # noqa: FBT001 - handed on
+) -> Path:
+    return Path(
+        snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=patterns,
+            local_files_only=local_files_only,
+        )
+    )
+
+
+def _config(folder: Path, name: str) -> LaneEncoderConfig:
     path = folder / "config.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -130,8 +253,10 @@ def _config(folder: Path) -> LaneEncoderConfig:
     kind = fields.get("model_type") if isinstance(fields, dict) else None
     if kind != LaneEncoderConfig.model_type:
         raise ModelLoadError(
-            f"{path} describes a model of type {kind!r}; this version of lanerank loads "
-            f"{LaneEncoderConfig.model_type!r}"
+            f"{path} describes a model of type {kind!r}, and no contract says what {name!r} was "
+            "trained on; pass `contract=` (the id of a model whose prompt it shares, "
+            "'yes-no-judge' for a chat model, or a JSON file), or put a "
+            f"{LOCAL_CONTRACT} beside the weights{_near(name)}"
         )
     try:
         config = LaneEncoderConfig.from_dict(fields)

@@ -7,11 +7,15 @@ text says can move a token into another lane. Nothing here needs torch.
 from __future__ import annotations
 
 import datetime as dt
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
+from tokenizers.normalizers import Normalizer
+from tokenizers.pre_tokenizers import PreTokenizer
 
 from lanerank.contracts import Candidate, Lane, LongDocuments
 from lanerank.errors import InputError, ModelLoadError
@@ -59,7 +63,8 @@ def render_attributes(
 
     Returns:
         One line; the empty string if no field has a value. Values longer than 200 characters are
-        cut, because an attribute is a fact about a document and not another document.
+        cut, because an attribute is a fact about a document and not another document, and a
+        semicolon in a value becomes a comma, because only fields are told apart by semicolons.
     """
     parts = []
     for field in fields:
@@ -67,6 +72,8 @@ def render_attributes(
         if isinstance(value, (list, tuple, set, frozenset)):
             value = ", ".join(str(item) for item in value)
         text = " ".join(clean_text(str(value)).split()) if value is not None else ""
+        # A value that brought its own separator could pass for another field.
+        text = text.replace(";", ",")
         if not text:
             continue
         date = _as_date(value) if today else None
@@ -86,6 +93,105 @@ def _as_date(value: object) -> dt.date | None:
         except ValueError:
             return None
     return None
+
+
+class ContentEncoder:
+    """Turns content into ids of which none is reserved, whatever the text says.
+
+    Args:
+        tokenizer: The model's tokenizer. Its vocabulary is shared, its added tokens are not: text
+            that spells one is plain characters.
+        continues: Whether content always follows other text, so that no blank is put before it
+            where the tokenizer does so at the beginning of a text.
+        keep_unknown: Whether the token for characters that the model cannot read may occur.
+        ordinary_tokens: A regular expression of added tokens that are not reserved, because the
+            model met them in ordinary text, such as runs of line ends.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        continues: bool = False,
+        keep_unknown: bool = False,
+        ordinary_tokens: str = "",
+    ) -> None:
+        """Take what turns text into ids, and nothing that the caller could change later."""
+        added = tokenizer.get_added_tokens_decoder()
+        unknown = getattr(tokenizer.model, "unk_token", None) if keep_unknown else None
+        ordinary = {
+            number: token
+            for number, token in added.items()
+            if not token.special and re.fullmatch(ordinary_tokens, token.content)
+        }
+        self.reserved_ids: frozenset[int] = frozenset(
+            number
+            for number, token in added.items()
+            if number not in ordinary and token.content != unknown
+        )
+        """Ids that content can never produce: special and added tokens."""
+        self._tokenizer = Tokenizer(tokenizer.model)
+        self._tokenizer.add_tokens(list(ordinary.values()))
+        normalizer, pre_tokenizer = text_settings(tokenizer, continues=continues)
+        self._tokenizer.normalizer, self._tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, none of them reserved.
+
+        The tokenizer already reads `"[SEP]"` as plain characters; the filter makes it a property
+        of this function rather than of the tokenizer.
+        """
+        ids = self._tokenizer.encode(clean_text(text), add_special_tokens=False).ids
+        return [token for token in ids if token not in self.reserved_ids]
+
+    def beginning(self, text: str, room: int) -> list[int]:
+        """The ids of a text, or of enough of its beginning to tell that it exceeds `room`.
+
+        A document of a megabyte need not be tokenised to its end to keep its first 512 tokens.
+        The cut can only change the last word, which lies far beyond `room`.
+        """
+        for chars in (32 * room, 256 * room):
+            if len(text) <= chars:
+                break
+            content = self.encode(text[:chars])
+            if len(content) > 2 * room:
+                return content[: 2 * room]
+        return self.encode(text)
+
+
+def text_settings(
+    tokenizer: Tokenizer, *, continues: bool = False
+) -> tuple[Normalizer | None, PreTokenizer | None]:
+    """What a tokenizer does to a text before it looks into its vocabulary.
+
+    Args:
+        tokenizer: Whose settings to copy.
+        continues: Leave out the blank that some put before a text.
+    """
+    # A tokenizer without vocabulary, so that large ones are not written out and read again.
+    bare = Tokenizer(models.BPE())
+    bare.normalizer, bare.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
+    fields = json.loads(bare.to_str())
+    if continues:
+        for name in ("normalizer", "pre_tokenizer"):
+            fields[name] = _without_first_blank(fields[name])
+    settings = Tokenizer.from_str(json.dumps(fields))
+    return settings.normalizer, settings.pre_tokenizer
+
+
+def _without_first_blank(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    if part is None or part["type"] == "Prepend":
+        return None
+    changed = dict(part)
+    for name in ("normalizers", "pretokenizers"):
+        if name in part:
+            kept = (_without_first_blank(inner) for inner in part[name])
+            changed[name] = [inner for inner in kept if inner is not None]
+    if "prepend_scheme" in part:
+        changed["prepend_scheme"] = "never"
+    if "add_prefix_space" in part:
+        changed["add_prefix_space"] = False
+    return changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,28 +255,16 @@ class LaneTokenizer:
         cls_token: str = "[CLS]",
         sep_token: str = "[SEP]",
     ) -> None:
-        """Copy the tokenizer and switch its special tokens off for content."""
+        """Look up the two tokens that frame a lane."""
         self.budgets = budgets or LaneBudgets()
-        # A private copy, never changed after this: `Tokenizer` is only thread-safe while nobody
-        # changes its settings.
-        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
-        added = self._tokenizer.get_added_tokens_decoder()
-        self.reserved_ids: frozenset[int] = frozenset(added)
+        self._encoder = ContentEncoder(tokenizer)
+        self.reserved_ids = self._encoder.reserved_ids
         """Ids that content can never produce: every special and added token."""
-        self._cls, self._sep = self._marker(cls_token), self._marker(sep_token)
+        self._cls, self._sep = _marker(tokenizer, cls_token), _marker(tokenizer, sep_token)
 
     def content(self, text: str) -> list[int]:
-        """The ids of a text, none of them reserved.
-
-        The tokenizer already reads `"[SEP]"` as plain characters; the filter makes it a property
-        of this function rather than of the tokenizer. It also drops unknown-token ids, which
-        stand for characters that the model cannot read.
-        """
-        ids = self._tokenizer.encode(clean_text(text), add_special_tokens=False).ids
-        return [token for token in ids if token not in self.reserved_ids]
+        """The ids of a text, none of them reserved, and none for characters it cannot read."""
+        return self._encoder.encode(text)
 
     def frame(self, content: Sequence[int]) -> tuple[int, ...]:
         """Content between the two tokens that open and close a lane."""
@@ -183,17 +277,24 @@ class LaneTokenizer:
             The framed ids; for an empty instruction, no ids at all.
 
         Raises:
-            InputError: The text is longer than the lane's budget. A trusted lane is never cut,
-                because half a rule can mean its opposite.
+            InputError: The text is longer than the lane's budget, since a trusted lane is never cut
+                (half a rule can mean its opposite); or an instruction holds nothing but
+                characters that the tokenizer does not know.
         """
         if lane is Lane.INSTRUCTION and not text.strip():
             return ()
         budget = self.budgets.instruction if lane is Lane.INSTRUCTION else self.budgets.query
-        ids = self.frame(self._prefix(text, budget))
+        ids = self.frame(self._encoder.beginning(text, budget))
         if len(ids) > budget:
             raise InputError(
                 f"`{lane.name.lower()}` is longer than the {budget - 2} tokens this model reads "
                 f"(it has {len(text)} characters, beginning {text[:40]!r}); shorten it"
+            )
+        # A query that cannot be read ranks badly, for all to see; an instruction would be lost.
+        if lane is Lane.INSTRUCTION and len(ids) == len(self.frame(())):
+            raise InputError(
+                f"`instruction` has no character that this model can read: {text[:40]!r}; word it "
+                "in a language of the model"
             )
         return ids
 
@@ -211,7 +312,7 @@ class LaneTokenizer:
         framed = self.frame(attributes[: budgets.attributes - 2]) if attributes else ()
         room = budgets.document - 2
         if long_documents == "truncate":
-            content = self._prefix(candidate.text, room)
+            content = self._encoder.beginning(candidate.text, room)
             window = TokenizedCandidate(index, framed, self.frame(content[:room]))
             return [window], cut or len(content) > room
         content = self.content(candidate.text)
@@ -223,22 +324,9 @@ class LaneTokenizer:
             for start in starts
         ], cut
 
-    def _marker(self, token: str) -> int:
-        token_id = self._tokenizer.token_to_id(token)
-        if token_id is None:
-            raise ModelLoadError(f"the tokenizer has no {token!r} token; use the model's own")
-        return token_id
 
-    def _prefix(self, text: str, room: int) -> list[int]:
-        """The ids of a text, or of enough of its beginning to tell that it exceeds `room`.
-
-        A document of a megabyte need not be tokenised to its end to keep its first 512 tokens.
-        The cut can only change the last word, which lies far beyond `room`.
-        """
-        for chars in (32 * room, 256 * room):
-            if len(text) <= chars:
-                break
-            content = self.content(text[:chars])
-            if len(content) > 2 * room:
-                return content[: 2 * room]
-        return self.content(text)
+def _marker(tokenizer: Tokenizer, token: str) -> int:
+    token_id: int | None = tokenizer.token_to_id(token)
+    if token_id is None:
+        raise ModelLoadError(f"the tokenizer has no {token!r} token; use the model's own")
+    return token_id
