@@ -277,7 +277,7 @@ def test_scores_that_are_no_numbers_are_told_and_are_null_in_json(
 ) -> None:
     folder = shutil.copytree(tiny_model_folder, tmp_path / "nan")
     state = load_file(folder / "model.safetensors")
-    state["bias"].fill_(float("nan"))
+    state["plain_bias"].fill_(float("nan"))
     save_file(state, folder / "model.safetensors")
     table = ranked("-q", "red", "--model", folder, write("a\nb"))
     assert "Without a finite score: documents [0, 1]" in table.stderr

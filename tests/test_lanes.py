@@ -59,7 +59,8 @@ def test_a_lane_has_exactly_one_opening_and_one_closing_marker(
     lanes = [window.document for window in windows]
     lanes += [window.attributes for window in windows if window.attributes]
     lanes.append(tiny_lanes.trusted(Lane.QUERY, text[:20]))
-    if instruction := tiny_lanes.trusted(Lane.INSTRUCTION, text[:20]):
+    # An instruction without a character that the tokenizer knows is refused, by a test of its own.
+    if instruction := tiny_lanes.trusted(Lane.INSTRUCTION, text[:20] and f"red {text[:20]}"):
         lanes.append(instruction)
     cls, sep = tiny_tokenizer.token_to_id("[CLS]"), tiny_tokenizer.token_to_id("[SEP]")
     for ids in lanes:
