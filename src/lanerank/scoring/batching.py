@@ -12,6 +12,10 @@ from lanerank.contracts import Candidate, RerankRequest
 
 _CANDIDATES_PER_CHUNK = 1024
 """How many candidates are tokenised and sorted by length at a time; bounds memory."""
+_BUSY_TOKENS = 1024
+"""Tokens from which on larger batches are hardly faster for each token."""
+_SIMILAR = 0.9
+"""The least length of a window beside the longest of a batch, once the batch is large enough."""
 
 
 class Window(Protocol):
@@ -77,6 +81,11 @@ def _batches(windows: list[W], rows_of: Callable[[int], int]) -> Iterator[list[W
     ordered = sorted(windows, key=len, reverse=True)
     start = 0
     while start < len(ordered):
-        size = max(1, rows_of(len(ordered[start])))
-        yield ordered[start : start + size]
-        start += size
+        longest = len(ordered[start])
+        end = min(start + max(1, rows_of(longest)), len(ordered))
+        # A batch that keeps the processor busy may end before padding costs more than a new one.
+        busy = start + -(-_BUSY_TOKENS // longest)
+        while end > busy and len(ordered[end - 1]) < _SIMILAR * longest:
+            end -= 1
+        yield ordered[start:end]
+        start = end
