@@ -51,6 +51,11 @@ def group(query):
     }
 
 
+def master_weights(train, model):
+    live = train.freeze_bi_encoder(model)
+    return train.MasterWeights(live, dict.fromkeys(live, 1e-2), weight_decay=0.1)
+
+
 def test_before_training_the_model_is_the_bi_encoder(train):
     from sentence_transformers import SentenceTransformer
 
@@ -110,9 +115,8 @@ def test_a_resumed_run_draws_the_groups_it_would_have_drawn(train):
 
 
 def test_a_checkpoint_restores_weights_and_optimiser(train, tmp_path):
-    config = {"adapter_learning_rate": 1e-2, "learning_rate": 1e-3, "weight_decay": 0.0}
     model = train.start_as_bi_encoder(train.minilm_folder())
-    weights = train.MasterWeights(model, config)
+    weights = master_weights(train, model)
 
     def step(weights, model):
         sum(p.square().sum() for p in model.parameters() if p.requires_grad).backward()
@@ -123,7 +127,7 @@ def test_a_checkpoint_restores_weights_and_optimiser(train, tmp_path):
     step(weights, model)
 
     other = train.start_as_bi_encoder(train.minilm_folder())
-    resumed = train.MasterWeights(other, config)
+    resumed = master_weights(train, other)
     assert resumed.load(tmp_path / "checkpoint.safetensors") == 1
     step(resumed, other)
     for name, parameter in model.named_parameters():
@@ -148,9 +152,7 @@ def test_losses_are_least_where_the_targets_are_met(train):
 def test_training_leaves_the_bi_encoder_as_it_was(train, collate, tmp_path):
     folder = train.minilm_folder()
     model = train.start_as_bi_encoder(folder)
-    weights = train.MasterWeights(
-        model, {"adapter_learning_rate": 1e-2, "learning_rate": 1e-2, "weight_decay": 0.1}
-    )
+    weights = master_weights(train, model)
     batch = collate([group("boats")])
     for _ in range(2):
         train.pointwise_loss(train.logits_of(model, batch), batch.targets).backward()

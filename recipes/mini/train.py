@@ -16,7 +16,7 @@ import logging
 import random
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
@@ -97,6 +97,13 @@ def start_as_bi_encoder(folder: Path) -> LaneEncoder:
 def is_trained(name: str) -> bool:
     """Whether training moves a parameter; all others are the bi-encoder's."""
     return name.startswith("head_") or name in TRAINED or name.endswith((".down", ".up", "_gate"))
+
+
+def freeze_bi_encoder(model: LaneEncoder) -> dict[str, Tensor]:
+    """Freeze the bi-encoder's parameters; returns the others."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_trained(name))
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
 def read_groups(data: Path) -> dict[str, list[dict[str, Any]]]:
@@ -184,12 +191,9 @@ class Collator:
                 rows += encoded
                 targets += [float("nan") if t is None else t for t in lane["targets"]]
                 lists.append(torch.tensor(places))
-            for a, first in enumerate(group["lanes"]):
-                for b, second in enumerate(group["lanes"][:a]):
-                    pairs = [(starts[a] + i, starts[b] + i) for i in range(len(encoded))]
-                    if {first["kind"], second["kind"]} == {"none", "neutral"}:
-                        neutral += pairs
-                    vertical += [p for p in pairs if abs(targets[p[0]] - targets[p[1]]) > 0.1]
+            for pairs, is_neutral in same_document_pairs(group, starts):
+                neutral += pairs if is_neutral else []
+                vertical += [p for p in pairs if abs(targets[p[0]] - targets[p[1]]) > 0.1]
         return Batch(
             [
                 Requests(
@@ -224,6 +228,20 @@ class Collator:
                 lanes[row, : rows[i][1]] = int(Lane.ATTRIBUTES)
             positions, requests = zip(*taken, strict=True)
             yield torch.tensor(positions), ids, lanes, torch.tensor(requests)
+
+
+def same_document_pairs(
+    group: dict[str, Any], starts: Sequence[int]
+) -> Iterator[tuple[list[tuple[int, int]], bool]]:
+    """For every two lanes, each document's two positions, and if one is neutral and one none.
+
+    `starts` has the position of each lane's first document.
+    """
+    lanes = group["lanes"]
+    for a, first in enumerate(lanes):
+        for b, second in enumerate(lanes[:a]):
+            pairs = [(starts[a] + i, starts[b] + i) for i in range(len(group["documents"]))]
+            yield pairs, {first["kind"], second["kind"]} == {"none", "neutral"}
 
 
 def _pad(sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -285,26 +303,40 @@ def neutral_loss(logits: Tensor, pairs: Tensor) -> Tensor:
     return (logits[pairs[:, 0]].sigmoid() - logits[pairs[:, 1]].sigmoid()).square().mean() * 10
 
 
-class MasterWeights:
-    """AdamW on float32 copies of the model's parameters, whatever the model computes in."""
+def losses_of(
+    logits: Tensor,
+    targets: Tensor,
+    lists: Sequence[Tensor],
+    vertical: Tensor,
+    neutral: Tensor,
+) -> dict[str, Tensor]:
+    """The four losses of a batch; the configuration has their weights."""
+    return {
+        "pointwise": pointwise_loss(logits, targets),
+        "listwise": listwise_loss(logits, targets, lists),
+        "vertical": vertical_loss(logits, targets, vertical),
+        "neutral": neutral_loss(logits, neutral),
+    }
 
-    def __init__(self, model: LaneEncoder, config: dict[str, Any]) -> None:
-        """Take over the parameters that training moves, and freeze the bi-encoder's."""
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(is_trained(name))
-        self.live = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.master = {n: p.detach().float().clone().requires_grad_() for n, p in self.live.items()}
-        adapter = {n: n.endswith((".down", ".up")) for n in self.master}
-        rates = {True: config["adapter_learning_rate"], False: config["learning_rate"]}
+
+class MasterWeights:
+    """AdamW on float32 copies of parameters, whatever the model computes in."""
+
+    def __init__(
+        self, live: Mapping[str, Tensor], rates: Mapping[str, float], weight_decay: float
+    ) -> None:
+        """Take over the parameters of a model; `rates` has a learning rate for each name."""
+        self.live = live
+        self.master = {n: p.detach().float().clone().requires_grad_() for n, p in live.items()}
         self.optimizer = torch.optim.AdamW(
             [
                 {
-                    "params": [p for n, p in self.master.items() if adapter[n] is flag],
+                    "params": [p for n, p in self.master.items() if rates[n] == rate],
                     "lr": rate,
                     "rate": rate,
-                    "weight_decay": config["weight_decay"],
+                    "weight_decay": weight_decay,
                 }
-                for flag, rate in rates.items()
+                for rate in dict.fromkeys(rates.values())
             ],
             betas=(0.9, 0.98),
         )
@@ -399,7 +431,14 @@ def main() -> None:
     folder = minilm_folder()
     dtype = default_dtype(torch.device("cpu"))
     model = start_as_bi_encoder(folder)
-    weights = MasterWeights(model, config)
+    live = freeze_bi_encoder(model)
+    rates = {
+        name: config[
+            "adapter_learning_rate" if name.endswith((".down", ".up")) else "learning_rate"
+        ]
+        for name in live
+    }
+    weights = MasterWeights(live, rates, config["weight_decay"])
     model.cast_encoder(dtype)
     lanes = LaneTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")))
     collate = Collator(lanes, config["tokens_per_batch"])
@@ -413,12 +452,7 @@ def main() -> None:
     for step in range(first, steps):
         batch = collate(draw(pools, config["mix"], seed, step))
         logits = logits_of(model, batch)
-        losses = {
-            "pointwise": pointwise_loss(logits, batch.targets),
-            "listwise": listwise_loss(logits, batch.targets, batch.lists),
-            "vertical": vertical_loss(logits, batch.targets, batch.vertical),
-            "neutral": neutral_loss(logits, batch.neutral),
-        }
+        losses = losses_of(logits, batch.targets, batch.lists, batch.vertical, batch.neutral)
         sum(loss_weights[name] * loss for name, loss in losses.items()).backward()
         warm = min(1.0, (step + 1) / config["warmup_steps"])
         weights.step(warm * (1 - step / steps), config["clip_norm"])

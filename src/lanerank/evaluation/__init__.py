@@ -5,21 +5,13 @@ from importlib.util import find_spec
 from lanerank.errors import MissingExtraError
 
 try:
-    from lanerank.evaluation.evaluate import (
-        Estimate,
-        EvaluationReport,
-        KindReport,
-        SupportsScore,
-        evaluate,
-    )
-    from lanerank.evaluation.measures import (
+    from lanerank.evaluation.calibration import (
         bootstrap_calibration_interval,
-        bootstrap_interval,
         brier,
         expected_calibration_error,
-        flip_outcomes,
-        ndcg,
     )
+    from lanerank.evaluation.evaluate import EvaluationReport, KindReport, evaluate
+    from lanerank.evaluation.measures import Estimate, bootstrap_interval, flip_outcomes, ndcg
     from lanerank.evaluation.scenarios import (
         INSTRUCTED_KINDS,
         LANE_KINDS,
@@ -30,6 +22,7 @@ try:
         attribute_fields,
         read_scenarios,
     )
+    from lanerank.evaluation.scoring import SupportsScore
 except ModuleNotFoundError as error:
     missing = [name for name in ("ir_measures", "scipy") if find_spec(name) is None]
     if not missing:

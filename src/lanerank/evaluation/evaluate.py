@@ -2,86 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict
 
 from lanerank.contracts import Document
-from lanerank.errors import InputError, ScorerError
-from lanerank.evaluation.measures import (
-    CONFIDENCE,
-    RESAMPLES,
-    SEED,
-    BoolArray,
-    FloatArray,
-    IntArray,
+from lanerank.errors import InputError
+from lanerank.evaluation.calibration import (
     bootstrap_calibration_interval,
-    bootstrap_interval,
     brier_terms,
     expected_calibration_error,
+)
+from lanerank.evaluation.measures import (
+    BoolArray,
+    Estimate,
+    FloatArray,
+    IntArray,
+    describe_interval,
+    estimate_mean,
     flip_outcomes,
     ndcg,
 )
 from lanerank.evaluation.scenarios import (
     INSTRUCTED_KINDS,
     LANE_KINDS,
+    RELEVANT_GRADE,
     LaneKind,
     Scenario,
-    attribute_fields,
 )
+from lanerank.evaluation.scoring import SupportsScore, score_scenario
 from lanerank.instruction import Instruction
-
-RELEVANT_GRADE = 2
-"""From this grade on a document counts as relevant where a measure needs yes or no."""
-
-
-class SupportsName(Protocol):
-    """Anything with a name for the report."""
-
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        ...
-
-
-class SupportsScore(Protocol):
-    """What `evaluate` needs of a reranker; `lanerank.Reranker` has it."""
-
-    @property
-    def scorer(self) -> SupportsName:
-        """The model."""
-        ...
-
-    def score(
-        self,
-        query: str,
-        documents: Sequence[Document],
-        *,
-        instruction: Instruction | None = None,
-        attributes: Sequence[str] = (),
-    ) -> Sequence[float]:
-        """One score for each document, in input order."""
-        ...
-
-
-class Estimate(BaseModel):
-    """A measured value with its 95% interval."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    value: float
-    low: float
-    """The interval's lower bound."""
-    high: float
-    """The interval's upper bound."""
-    n: int
-    """How many terms the value is made of: lanes for nDCG and lift, (lane, document) pairs for
-    drift, calibration and attack, (document, lane, lane) triples for flips."""
 
 
 class KindReport(BaseModel):
@@ -200,29 +153,28 @@ def evaluate(
     neutral = [lane for lane in lanes if lane.kind == "neutral"]
     return EvaluationReport(
         model=reranker.scorer.name,
-        interval=(
-            f"{CONFIDENCE:.0%} percentile bootstrap over scenarios, "
-            f"{RESAMPLES} resamples, seed {SEED}"
-        ),
+        interval=describe_interval(),
         scenarios=len(scenarios),
         documents=sum(len(scenario.documents) for scenario in scenarios),
         lanes=len(lanes),
         pairs=sum(lane.grades.size for lane in lanes),
         lanes_without_relevant=sum(not lane.grades.any() for lane in lanes),
         non_finite=sum(int(np.isnan(lane.scores).sum()) for lane in lanes),
-        ndcg_instructed=_mean((lane.scenario, lane.ndcg) for lane in instructed),
-        ndcg_withheld=_mean((lane.scenario, lane.ndcg_withheld) for lane in instructed),
-        lift=_mean((lane.scenario, lane.lift) for lane in instructed),
-        ndcg_none=_mean((lane.scenario, lane.ndcg) for lane in lanes if lane.kind == "none"),
-        ndcg_neutral=_mean((lane.scenario, lane.ndcg) for lane in neutral),
-        neutral_drift=_mean((lane.scenario, lane.drift) for lane in neutral),
-        flip_accuracy=_mean((flip.scenario, flip.right) for flip in flips),
-        flip_accuracy_instructed=_mean(
+        ndcg_instructed=estimate_mean((lane.scenario, lane.ndcg) for lane in instructed),
+        ndcg_withheld=estimate_mean((lane.scenario, lane.ndcg_withheld) for lane in instructed),
+        lift=estimate_mean((lane.scenario, lane.lift) for lane in instructed),
+        ndcg_none=estimate_mean(
+            (lane.scenario, lane.ndcg) for lane in lanes if lane.kind == "none"
+        ),
+        ndcg_neutral=estimate_mean((lane.scenario, lane.ndcg) for lane in neutral),
+        neutral_drift=estimate_mean((lane.scenario, lane.drift) for lane in neutral),
+        flip_accuracy=estimate_mean((flip.scenario, flip.right) for flip in flips),
+        flip_accuracy_instructed=estimate_mean(
             (flip.scenario, flip.right) for flip in flips if flip.kinds <= set(INSTRUCTED_KINDS)
         ),
         ece=_calibration_error(lanes),
         brier=_brier(lanes),
-        attack=_mean((lane.scenario, lane.shifts) for lane in lanes),
+        attack=estimate_mean((lane.scenario, lane.shifts) for lane in lanes),
         by_kind={
             kind: _report_kind(kind, lanes, flips)
             for kind in LANE_KINDS
@@ -296,19 +248,12 @@ def _score(
     attacked = [i for i, doc in enumerate(documents) if doc.text_without_injection is not None]
     contents = [(doc, doc.text) for doc in documents]
     contents += [(documents[i], documents[i].text_without_injection or "") for i in attacked]
-    values = reranker.score(
-        scenario.query,
+    scores = score_scenario(
+        reranker,
+        scenario,
+        None if text is None else Instruction(text, today=scenario.today),
         [Document(content, metadata=doc.metadata, id=doc.id) for doc, content in contents],
-        instruction=None if text is None else Instruction(text, today=scenario.today),
-        attributes=attribute_fields(scenario),
     )
-    if len(values) != len(contents):
-        raise ScorerError(
-            f"{reranker.scorer.name!r} returned {len(values)} scores for {len(contents)} documents "
-            f"of scenario {scenario.id!r}; expected one for each document, in input order"
-        )
-    given = np.array(values, dtype=float)
-    scores = np.where(np.isfinite(given), given, np.nan)
     return scores[: len(documents)], scores[attacked] - scores[len(documents) :]
 
 
@@ -332,33 +277,23 @@ def _report_kind(
     with_instruction = chosen if kind != "none" else []
     return KindReport(
         lanes=len(chosen),
-        ndcg=_mean((lane.scenario, lane.ndcg) for lane in chosen),
-        ndcg_withheld=_mean((lane.scenario, lane.ndcg_withheld) for lane in with_instruction),
-        lift=_mean((lane.scenario, lane.lift) for lane in with_instruction),
-        flip_accuracy=_mean((flip.scenario, flip.right) for flip in flips if kind in flip.kinds),
+        ndcg=estimate_mean((lane.scenario, lane.ndcg) for lane in chosen),
+        ndcg_withheld=estimate_mean(
+            (lane.scenario, lane.ndcg_withheld) for lane in with_instruction
+        ),
+        lift=estimate_mean((lane.scenario, lane.lift) for lane in with_instruction),
+        flip_accuracy=estimate_mean(
+            (flip.scenario, flip.right) for flip in flips if kind in flip.kinds
+        ),
         ece=_calibration_error(chosen),
         brier=_brier(chosen),
     )
 
 
-def _mean(terms: Iterable[tuple[int, ArrayLike]]) -> Estimate | None:
-    """The mean over (scenario, values), without NaN; `None` where nothing is left."""
-    groups = [(number, np.atleast_1d(np.asarray(part, dtype=float))) for number, part in terms]
-    if not groups:
-        return None
-    values = np.concatenate([part for _, part in groups])
-    scenarios = np.repeat([number for number, _ in groups], [part.size for _, part in groups])
-    kept = ~np.isnan(values)
-    if not kept.any():
-        return None
-    low, high = bootstrap_interval(values[kept], scenarios[kept], n=RESAMPLES, seed=SEED)
-    return Estimate(value=float(values[kept].mean()), low=low, high=high, n=int(kept.sum()))
-
-
 def _brier(lanes: Sequence[_ScoredLane]) -> Estimate | None:
     if not _are_probabilities(lanes):
         return None
-    return _mean(
+    return estimate_mean(
         (lane.scenario, brier_terms(lane.scores, lane.grades >= RELEVANT_GRADE)) for lane in lanes
     )
 
@@ -371,7 +306,7 @@ def _calibration_error(lanes: Sequence[_ScoredLane]) -> Estimate | None:
     scenarios = np.concatenate([np.full(lane.scores.size, lane.scenario) for lane in lanes])
     kept = ~np.isnan(scores)
     scores, labels, scenarios = scores[kept], labels[kept], scenarios[kept]
-    low, high = bootstrap_calibration_interval(scores, labels, scenarios, n=RESAMPLES, seed=SEED)
+    low, high = bootstrap_calibration_interval(scores, labels, scenarios)
     value = expected_calibration_error(scores, labels)
     return Estimate(value=value, low=low, high=high, n=scores.size)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import ir_measures
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
 from lanerank.contracts import order_by_score
@@ -18,9 +19,51 @@ BoolArray = NDArray[np.bool_]
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 SEED = 0
-ECE_BINS = 10
 
 _RESAMPLED_CELLS = 2_000_000
+
+
+class Estimate(BaseModel):
+    """A measured value with its 95% interval."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float
+    low: float
+    """The interval's lower bound."""
+    high: float
+    """The interval's upper bound."""
+    n: int
+    """How many terms the value is made of; each measure says what its terms are."""
+
+
+def estimate_mean(terms: Iterable[tuple[int, ArrayLike]]) -> Estimate | None:
+    """The mean of all values with its `bootstrap_interval`, clusters drawn whole.
+
+    Args:
+        terms: A cluster, such as the number of a scenario, and its values, or one value. NaN stands
+            for what has no value and is left out.
+
+    Returns:
+        The estimate; `None` where nothing is left.
+    """
+    groups = [(number, np.atleast_1d(np.asarray(part, dtype=float))) for number, part in terms]
+    if not groups:
+        return None
+    values = np.concatenate([part for _, part in groups])
+    clusters = np.repeat([number for number, _ in groups], [part.size for _, part in groups])
+    kept = ~np.isnan(values)
+    if not kept.any():
+        return None
+    low, high = bootstrap_interval(values[kept], clusters[kept])
+    return Estimate(value=float(values[kept].mean()), low=low, high=high, n=int(kept.sum()))
+
+
+def describe_interval(clusters: str = "scenarios") -> str:
+    """How the bounds of estimates are made, for reports."""
+    return (
+        f"{CONFIDENCE:.0%} percentile bootstrap over {clusters}, {RESAMPLES} resamples, seed {SEED}"
+    )
 
 
 def ndcg(
@@ -83,47 +126,6 @@ def flip_outcomes(
     return outcomes
 
 
-def brier_terms(probabilities: ArrayLike, labels: ArrayLike) -> FloatArray:
-    """The squared errors whose mean is the Brier score: `(p - y)^2` with `y` 0 or 1."""
-    errors: FloatArray = np.asarray(probabilities, dtype=float) - np.asarray(labels, dtype=float)
-    return errors**2
-
-
-def brier(probabilities: ArrayLike, labels: ArrayLike) -> float:
-    """The Brier score `mean (p - y)^2` (Brier, Monthly Weather Review 78, 1950).
-
-    Args:
-        probabilities: Scores in [0, 1].
-        labels: Whether each of them is relevant.
-
-    Returns:
-        0 for certainty that is always right, 0.25 for a constant 0.5, at most 1.
-    """
-    return float(brier_terms(probabilities, labels).mean())
-
-
-def expected_calibration_error(
-    probabilities: ArrayLike, labels: ArrayLike, *, bins: int = ECE_BINS
-) -> float:
-    """How far scores are from the share of relevant documents among their like.
-
-    `ECE = sum over bins m of (n_m / n) * |mean label in m - mean probability in m|` (Naeini et
-    al., AAAI 2015), with bins of equal mass (Nguyen and O'Connor, EMNLP 2015), because reranker
-    scores crowd at the ends of the scale. Equal probabilities share a bin, so the value does not
-    depend on the order of the input.
-
-    Args:
-        probabilities: Scores in [0, 1], at least one.
-        labels: Whether each of them is relevant.
-        bins: The number of bins; fewer are filled where many probabilities are equal.
-
-    Returns:
-        A value in [0, 1], 0 for perfect calibration. With few pairs it is biased upwards.
-    """
-    pairs = _SortedPairs(probabilities, labels)
-    return pairs.calibration_error(np.ones(len(pairs.residuals), dtype=np.int64), bins)
-
-
 def bootstrap_interval(
     values: ArrayLike, clusters: ArrayLike | None = None, *, n: int = RESAMPLES, seed: int = SEED
 ) -> tuple[float, float]:
@@ -145,7 +147,7 @@ def bootstrap_interval(
         spread, and both are the mean.
     """
     terms = np.asarray(values, dtype=float)
-    members = _codes(np.arange(terms.size) if clusters is None else clusters)
+    members = codes(np.arange(terms.size) if clusters is None else clusters)
     sums = np.bincount(members, weights=terms)
     sizes = np.bincount(members)
 
@@ -153,76 +155,15 @@ def bootstrap_interval(
         means: FloatArray = sums[drawn].sum(axis=axis) / sizes[drawn].sum(axis=axis)
         return means
 
-    return _percentile_interval(ratio, len(sizes), float(terms.mean()), n, seed)
+    return percentile_interval(ratio, len(sizes), float(terms.mean()), n, seed)
 
 
-def bootstrap_calibration_interval(
-    probabilities: ArrayLike,
-    labels: ArrayLike,
-    clusters: ArrayLike | None = None,
-    *,
-    bins: int = ECE_BINS,
-    n: int = RESAMPLES,
-    seed: int = SEED,
-) -> tuple[float, float]:
-    """The interval of `expected_calibration_error`, which is no mean, drawn as for one.
-
-    The bins are made afresh for each resample. Resampling adds noise to every bin, so that the
-    interval of a nearly perfect model lies a little high; it is widened to hold the value itself.
-
-    Args:
-        probabilities: Scores in [0, 1], at least one.
-        labels: Whether each of them is relevant.
-        clusters: The cluster of each pair, any labels; without it each pair is its own.
-        bins: The number of bins.
-        n: The number of resamples.
-        seed: Equal seeds give equal intervals.
-
-    Returns:
-        The lower and the upper bound.
-    """
-    pairs = _SortedPairs(probabilities, labels)
-    members = _codes(np.arange(len(pairs.residuals)) if clusters is None else clusters)
-    number = int(members.max()) + 1
-    members = members[pairs.order]
-
-    def error(drawn: IntArray, axis: int) -> FloatArray:
-        rows = np.moveaxis(drawn, axis, -1)
-        draws = (np.bincount(row, minlength=number) for row in rows.reshape(-1, number))
-        errors = [pairs.calibration_error(times[members], bins) for times in draws]
-        return np.array(errors).reshape(rows.shape[:-1])
-
-    value = expected_calibration_error(probabilities, labels, bins=bins)
-    return _percentile_interval(error, number, value, n, seed)
-
-
-class _SortedPairs:
-    """Probabilities with their labels, sorted once, so that a resample is only a set of weights."""
-
-    def __init__(self, probabilities: ArrayLike, labels: ArrayLike) -> None:
-        scores = np.asarray(probabilities, dtype=float)
-        self.order = np.argsort(scores, kind="stable")
-        ascending = scores[self.order]
-        self.residuals: FloatArray = np.asarray(labels, dtype=float)[self.order] - ascending
-        self._ends = np.searchsorted(ascending, ascending, side="right") - 1
-
-    def calibration_error(self, weights: IntArray, bins: int) -> float:
-        """The calibration error where each pair counts as often as its weight says."""
-        mass = np.cumsum(weights)
-        total = int(mass[-1])
-        # Pair number ceil(m * total / bins) closes bin m, together with all that are equal to it.
-        wanted = -(-np.arange(1, bins + 1) * total // bins)
-        closing = self._ends[np.searchsorted(mass, wanted)]
-        excess = np.cumsum(weights * self.residuals)[closing]
-        return float(np.abs(np.diff(excess, prepend=0.0)).sum() / total)
-
-
-def _codes(clusters: ArrayLike) -> IntArray:
+def codes(clusters: ArrayLike) -> IntArray:
     """Cluster labels as numbers from 0 without gaps."""
     return np.unique(np.asarray(clusters), return_inverse=True)[1].astype(np.int64)
 
 
-def _percentile_interval(
+def percentile_interval(
     statistic: Callable[[IntArray, int], FloatArray], clusters: int, value: float, n: int, seed: int
 ) -> tuple[float, float]:
     """The interval of a statistic of the numbers of the clusters drawn."""

@@ -49,6 +49,9 @@ INSTRUCTED_KINDS: tuple[LaneKind, ...] = tuple(
 )
 """The kinds whose instruction is meant to change the order."""
 
+RELEVANT_GRADE = 2
+"""From this grade on a document counts as relevant where a measure needs yes or no."""
+
 _ISO_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
