@@ -79,7 +79,7 @@ def test_imports_of_the_package_itself_are_kept(copy: Path) -> None:
             "evaluation/__init__.py", "import lanerank.checkpoint", "torch-free", id="indirect"
         ),
         pytest.param("scoring/__init__.py", "import langchain_core", "no-frameworks", id="plugin"),
-        pytest.param("cli.py", "import lanerank", "no-root", id="root"),
+        pytest.param("cli/__init__.py", "import lanerank", "no-root", id="root"),
     ],
 )
 def test_bad_import_breaks_its_contract(copy: Path, module: str, line: str, contract: str) -> None:

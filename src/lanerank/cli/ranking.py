@@ -1,0 +1,204 @@
+"""`lanerank rank` and `lanerank demo`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import date, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from lanerank.cli.console import (
+    STANDARD_STREAM,
+    DeviceOption,
+    JsonFlag,
+    ModelOption,
+    UnsupportedOption,
+    err,
+    out,
+    print_json,
+    printable,
+    progress_bar,
+)
+from lanerank.comparison import RankingComparison, compare_rankings
+from lanerank.contracts import LongDocuments, Ranking
+from lanerank.errors import FileFormatError, InputError
+from lanerank.instruction import Instruction
+from lanerank.reranker import Reranker
+
+
+def rank(
+    *,
+    query: Annotated[str, typer.Option("--query", "-q", help="What is searched for.")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="JSONL (objects with `text`, or strings) or plain lines; `-` is standard input."
+        ),
+    ] = STANDARD_STREAM,
+    instruction: Annotated[
+        str | None, typer.Option("--instruction", "-i", help="What relevance means here.")
+    ] = None,
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option("--attribute", "-a", help="A metadata field the model may see; repeatable."),
+    ] = None,
+    today: Annotated[
+        datetime | None,
+        typer.Option(formats=["%Y-%m-%d"], help="The date from which the ages of dates count."),
+    ] = None,
+    model: ModelOption = None,
+    device: DeviceOption = "auto",
+    top_k: Annotated[int | None, typer.Option("--top-k", "-k", help="Keep this many.")] = None,
+    long_documents: Annotated[
+        LongDocuments, typer.Option(help="Cut long documents, or score windows of them.")
+    ] = "truncate",
+    on_unsupported: UnsupportedOption = "raise",
+    as_json: JsonFlag = False,
+) -> None:
+    """Rank the documents of a file, best first.
+
+    Each line of the input is a document. A line that begins with `{` or `"` makes the file JSONL:
+    objects need a `text` and may have an `id` and `metadata`; their other keys count as metadata.
+    """
+    documents = list(_read_documents(file))
+    reranker = Reranker.from_pretrained(
+        model, device=device, long_documents=long_documents, on_unsupported=on_unsupported
+    )
+    with progress_bar("Ranking", len(documents)) as progress:
+        ranking = reranker.rank(
+            query,
+            documents,
+            instruction=Instruction(instruction, today=today.date() if today else None),
+            attributes=tuple(attribute or ()),
+            top_k=top_k,
+            progress=progress,
+        )
+    if as_json:
+        report = ranking.model_dump(mode="json")
+        for result in report["results"]:
+            # JSON has no word for what is not finite; `non_finite` lists these.
+            if not math.isfinite(result["score"]):
+                result["score"] = None
+        print_json(report)
+        return
+    _print_ranking(ranking)
+
+
+def demo(
+    *,
+    model: ModelOption = None,
+    device: DeviceOption = "auto",
+    top_k: Annotated[int, typer.Option("--top-k", "-k", help="Rows of the second table.")] = 8,
+) -> None:
+    """Re-rank two small corpora, each under different instructions; needs no network."""
+    data = json.loads((files("lanerank") / "demo.json").read_text(encoding="utf-8"))
+    reranker = Reranker.from_pretrained(model, device=device)
+    for name in ("imo", "corpus"):
+        _demonstrate(reranker, data[name], top_k)
+
+
+def _read_documents(file: str) -> Iterator[str | dict[str, Any]]:
+    if file == STANDARD_STREAM:
+        if sys.stdin.isatty():
+            err.print("Reading documents from standard input, one a line; end with Ctrl-D.")
+        yield from _parse_lines("<stdin>", sys.stdin.buffer)
+        return
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"`FILE` {file!r} is not a file; pass a path, or `-` for standard input")
+    with path.open("rb") as lines:
+        yield from _parse_lines(file, lines)
+
+
+def _parse_lines(name: str, lines: Iterable[bytes]) -> Iterator[str | dict[str, Any]]:
+    """Documents of a file; its first line with content decides whether it is JSONL."""
+    is_json: bool | None = None
+    for number, raw in enumerate(lines, 1):
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise FileFormatError(name, number, f"not UTF-8 ({error.reason})") from error
+        if not line:
+            continue
+        if is_json is None:
+            is_json = line[0] in '{"'
+        if not is_json:
+            yield line
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise FileFormatError(name, number, f"not JSON ({error}): {line[:60]!r}") from error
+        if isinstance(value, dict) and not isinstance(value.get("text"), str):
+            raise FileFormatError(
+                name, number, f"no 'text' that is a string; keys are {sorted(value)}"
+            )
+        if not isinstance(value, (dict, str)):
+            raise FileFormatError(name, number, "neither an object with a 'text' nor a string")
+        yield value
+
+
+def _print_ranking(ranking: Ranking) -> None:
+    if not len(ranking):
+        err.print("No documents.")
+        return
+    # Expanded, so that a long document gets what the numbers leave and not the reverse.
+    table = Table(box=None, pad_edge=False, expand=True)
+    for heading in ("rank", "score", "line"):
+        table.add_column(heading, justify="right")
+    table.add_column("document", overflow="ellipsis", no_wrap=True, ratio=1)
+    for place, result in enumerate(ranking, 1):
+        label = f"{result.document.id}: " if result.document.id else ""
+        mark = "(cut) " if result.truncated else ""
+        table.add_row(
+            str(place),
+            f"{result.score:.3f}",
+            str(result.index + 1),
+            mark + printable(label + result.document.text, 200),
+        )
+    out.print(table)
+    if ranking.non_finite:
+        err.print(f"Without a finite score: documents {list(ranking.non_finite)}")
+
+
+def _demonstrate(reranker: Reranker, part: dict[str, Any], top_k: int) -> None:
+    """One corpus: the order without instruction, then under each, with the change of rank."""
+    query, documents = part["query"], part["documents"]
+    out.rule(f"Query: {escape(query)}", align="left")
+    rankings = {"no instruction": reranker.rank(query, documents)}
+    table = Table(show_lines=True)
+    table.add_column("rank", justify="right")
+    for setting in part["instructions"]:
+        label, today = setting["label"], setting.get("today")
+        instruction = Instruction(
+            setting["text"], today=date.fromisoformat(today) if today else None
+        )
+        rankings[label] = reranker.rank(
+            query, documents, instruction=instruction, attributes=part.get("attributes", ())
+        )
+        out.print(f"[bold]{escape(label)}[/bold]: {escape(instruction.render())}")
+        table.add_column(f"{label}\n(score, change from the order without instruction)")
+    comparison = compare_rankings(rankings)
+    for place in range(1, min(top_k, len(documents)) + 1):
+        cells = (_cell(comparison, column, place) for column in range(1, len(rankings)))
+        table.add_row(str(place), *cells)
+    out.print(table)
+
+
+def _cell(comparison: RankingComparison, column: int, place: int) -> str:
+    row = next(row for row in comparison if row.ranks[column] == place)
+    move = row.moves[column] or 0
+    arrow = f"[green]▲{move}[/green]" if move > 0 else f"[red]▼{-move}[/red]" if move < 0 else "="
+    metadata = row.document.metadata
+    shown = ", ".join(str(metadata[name]) for name in ("type", "site", "date") if name in metadata)
+    suffix = f"\n[dim]{escape(shown)}[/dim]" if shown else ""
+    text = printable(row.document.text, 110)
+    return f"[bold]{row.scores[column]:.2f}[/bold] {arrow} {text}{suffix}"
