@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import math
 import pickle
+import threading
 from xml.etree import ElementTree
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lanerank.contracts import (
+    AsyncScorer,
     Candidate,
     Document,
     Lane,
@@ -22,6 +25,7 @@ from lanerank.contracts import (
     Scorer,
     Scores,
     order_by_score,
+    score_async,
 )
 from lanerank.errors import InputError
 
@@ -162,6 +166,10 @@ def test_a_notebook_gets_a_table_with_metadata_and_a_mark_where_a_document_was_c
             "m; instruction 0f0f0f0f0f0f0f0f from use_instruction, ignored",
         ),
         ({"non_finite": (1, 2)}, "m; no instruction; documents without a finite score: 2"),
+        (
+            {"degraded": "the service is away"},
+            "m; no instruction; in input order, nothing was scored: the service is away",
+        ),
     ],
 )
 def test_a_notebook_is_told_how_a_ranking_came_about(fields, note) -> None:
@@ -203,4 +211,28 @@ def test_anything_with_the_three_members_is_a_scorer() -> None:
             return Scores((0.5,) * len(request.candidates))
 
     assert isinstance(Constant(), Scorer)
+    assert not isinstance(Constant(), AsyncScorer)
     assert not isinstance(object(), Scorer)
+
+
+def test_a_scorer_is_awaited_where_it_can_be_and_else_runs_in_a_thread() -> None:
+    places = []
+
+    class Blocking:
+        name = "blocking"
+        supports_instructions = False
+
+        def score(self, request: RerankRequest) -> Scores:
+            places.append(threading.get_ident())
+            return Scores((0.5,))
+
+    class Awaitable(Blocking):
+        async def ascore(self, request: RerankRequest) -> Scores:
+            return self.score(request)
+
+    assert isinstance(Awaitable(), AsyncScorer)
+    for scorer in (Blocking(), Awaitable()):
+        assert asyncio.run(score_async(scorer, RerankRequest(query="q"))) == Scores((0.5,))
+    blocking, awaitable = places
+    assert blocking != threading.get_ident()
+    assert awaitable == threading.get_ident()

@@ -383,3 +383,9 @@ def test_the_examples_of_the_docstrings_run() -> None:
     result = doctest.testmod(instruction_module)
     assert result.attempted
     assert not result.failed
+
+
+@pytest.mark.parametrize("field", ["self", "text_", "rule"])
+def test_a_field_that_is_not_one_is_named(field) -> None:
+    with pytest.raises(ValueError, match=field):
+        Instruction.model_validate({field: "x"})

@@ -10,6 +10,7 @@ from lanerank.comparison import ComparedDocument, RankingComparison, compare_ran
 from lanerank.context import InstructionContext, use_instruction
 from lanerank.contracts import Document, Lane, RankedDocument, Ranking
 from lanerank.errors import (
+    BulkError,
     FileFormatError,
     InputError,
     InstructionError,
@@ -19,6 +20,7 @@ from lanerank.errors import (
     MissingExtraError,
     ModelError,
     ModelLoadError,
+    RemoteError,
     ScorerError,
 )
 from lanerank.instruction import Instruction
@@ -27,6 +29,7 @@ from lanerank.reranker import Reranker
 __version__ = version("lanerank")
 
 __all__ = [
+    "BulkError",
     "ComparedDocument",
     "Document",
     "FileFormatError",
@@ -44,6 +47,7 @@ __all__ = [
     "RankedDocument",
     "Ranking",
     "RankingComparison",
+    "RemoteError",
     "Reranker",
     "ScorerError",
     "__version__",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
@@ -52,7 +53,7 @@ class Document(BaseModel):
     id: str | None = None
     """The caller's identifier, handed back untouched."""
 
-    def __init__(self, text: str, **fields: Any) -> None:  # noqa: ANN401 - pydantic validates them
+    def __init__(self, /, text: str, **fields: Any) -> None:  # noqa: ANN401 - pydantic validates them
         """Accept the text by position, as `Document("...")`.
 
         Raises:
@@ -100,6 +101,9 @@ class Scores:
     """One score for each candidate, higher is better, in [0, 1] for the models lanerank ships."""
     truncated: tuple[bool, ...] = ()
     """Whether a part of the candidate was not read; empty means that nothing was cut."""
+    degraded: str | None = None
+    """Why nothing was scored, where a failure policy stands in for the scorer: the values are all
+    the same and say nothing."""
 
 
 @runtime_checkable
@@ -123,6 +127,22 @@ class Scorer(Protocol):
     def score(self, request: RerankRequest) -> Scores:
         """Score every candidate of the request."""
         ...
+
+
+@runtime_checkable
+class AsyncScorer(Scorer, Protocol):
+    """A scorer that can also be awaited, and needs no thread for that."""
+
+    async def ascore(self, request: RerankRequest) -> Scores:
+        """`score`, without blocking the event loop; cancelling it leaves nothing behind."""
+        ...
+
+
+async def score_async(scorer: Scorer, request: RerankRequest) -> Scores:
+    """Await the scorer where it can be awaited, otherwise run it in a worker thread."""
+    if isinstance(scorer, AsyncScorer):
+        return await scorer.ascore(request)
+    return await asyncio.to_thread(scorer.score, request)
 
 
 class RankedDocument(BaseModel):
@@ -155,9 +175,13 @@ class Ranking(BaseModel):
     """Where the instruction came from (`"argument"`, `"use_instruction"`, ...); `None` without."""
     instruction_applied: Literal["lane", "prepended", "ignored"] | None = None
     """How the instruction reached the model; `None` without one. Anything but `"lane"` happens
-    only where the caller chose `on_unsupported` for a model without an instruction channel."""
+    only where the caller chose `on_unsupported` for a model without an instruction channel, or a
+    failure policy and the ranking is `degraded`."""
     non_finite: tuple[int, ...] = ()
     """Indexes whose score was NaN or infinite; they sort last, in input order."""
+    degraded: str | None = None
+    """Why nothing was scored: the documents are in the order of the input and every score is 0.0,
+    which says nothing. Only where the caller chose a failure policy; `None` otherwise."""
 
     @property
     def truncated(self) -> tuple[int, ...]:
@@ -199,6 +223,8 @@ class Ranking(BaseModel):
         notes = [self.model, describe_instruction(self)]
         if len(rows) < len(self):
             notes.append(f"the first {len(rows)} of {len(self)} documents")
+        if self.degraded is not None:
+            notes.append(f"in input order, nothing was scored: {self.degraded}")
         if self.non_finite:
             notes.append(f"documents without a finite score: {len(self.non_finite)}")
         headings = [element("th", number, name) for name in ("rank", "score")]

@@ -9,6 +9,8 @@
   x ModelError (also RuntimeError)
     + ModelLoadError                     weights or configuration are missing, corrupt or refused
     + ScorerError                        a scorer did not give one number for each candidate
+      - RemoteError                      nor did a service; carries `service`, `url` and `status`
+  x BulkError (also RuntimeError)        a run over a data set cannot begin or go on
   x MissingExtraError (also ImportError) an optional dependency is not installed
 
 Every message names the argument, shows the value it had, and says what to do instead.
@@ -64,6 +66,37 @@ class ModelLoadError(ModelError):
 
 class ScorerError(ModelError):
     """A scorer returned something other than one number for each candidate."""
+
+
+class RemoteError(ScorerError):
+    """A service could not be reached, refused, or gave an answer that is not usable.
+
+    Attributes:
+        service: The name of the service's contract.
+        url: The address that was asked; it holds no secret.
+        status: The HTTP status, or `None` where no whole answer arrived.
+        retry_after: The seconds that the service asks to wait, `None` if it does not.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        service: str = "",
+        url: str = "",
+        status: int | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        """Keep the facts beside the message."""
+        super().__init__(message)
+        self.service = service
+        self.url = url
+        self.status = status
+        self.retry_after = retry_after
+
+
+class BulkError(LanerankError, RuntimeError):
+    """A run over a data set cannot begin or go on; what it has done is kept."""
 
 
 class MissingExtraError(LanerankError, ImportError):

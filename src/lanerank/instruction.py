@@ -140,7 +140,7 @@ class Instruction(BaseModel):
     layers: Annotated[tuple[Instruction, ...], BeforeValidator(_listed)] = ()
     """Instructions of lower rank, the highest first; usually made by `operator + user`."""
 
-    def __init__(self, text: str | None = None, **parts: Unpack[_Parts]) -> None:
+    def __init__(self, /, text: str | None = None, **parts: Unpack[_Parts]) -> None:
         """Accept the text by position, as `Instruction("...")`.
 
         Raises:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, SupportsFloat, TypeVar, get_args
 
 from lanerank.context import Resolved, Source, current_instruction, resolve_instruction
 from lanerank.contracts import (
+    AsyncScorer,
     Candidate,
     Document,
     LongDocuments,
@@ -29,13 +30,18 @@ from lanerank.instruction import InstructionLike
 from lanerank.lanes import render_attributes
 
 if TYPE_CHECKING:
+    from pydantic import SecretStr
+
     from lanerank.checkpoint import DtypeName, Quantization
+    from lanerank.scoring.fallback import OnError
+    from lanerank.service import ScoreKind, ServiceContract
     from lanerank.template import PromptTemplate
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 OnUnsupported = Literal["raise", "prepend", "ignore"]
+Applied = Literal["lane", "prepended", "ignored"]
 DocumentLike = str | Document | Mapping[str, object]
 Progress = Callable[[int, int], None]
 
@@ -118,6 +124,7 @@ class Reranker:
         trust_remote_code: bool = False,
         tokens_per_batch: int | None = None,
         share_prefix: bool = True,
+        calibrated: bool = True,
         long_documents: LongDocuments = "truncate",
         on_unsupported: OnUnsupported = "raise",
     ) -> Reranker:
@@ -140,6 +147,7 @@ class Reranker:
             trust_remote_code: Run Python code from the model's repository.
             tokens_per_batch: Bounds memory; the scorer's own default if `None`.
             share_prefix: Compute what comes before the documents once per call (causal models).
+            calibrated: Calibrate the scores where a `calibration.json` lies beside the weights.
             long_documents: See the class.
             on_unsupported: See the class.
 
@@ -165,8 +173,81 @@ class Reranker:
             trust_remote_code=trust_remote_code,
             tokens_per_batch=tokens_per_batch,
             share_prefix=share_prefix,
+            calibrated=calibrated,
         )
         return cls(scorer, long_documents=long_documents, on_unsupported=on_unsupported)
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str | None = None,
+        *,
+        service: str | Path | ServiceContract,
+        model: str | None = None,
+        api_key: str | SecretStr | None = None,
+        template: str | Path | PromptTemplate | None = None,
+        instructions: bool = True,
+        scores: ScoreKind | None = None,
+        timeout: float = 30.0,
+        max_retries: int = 3,
+        concurrency: int = 4,
+        on_error: OnError = "raise",
+        probe: bool = True,
+        on_unsupported: OnUnsupported = "raise",
+    ) -> Reranker:
+        """Rank with a server or a hosted service; needs the extra `remote`, and no torch.
+
+        Args:
+            url: The server's address; by default a hosted service's own.
+            service: `"vllm"`, `"sglang"`, `"cohere"`, ... (see `lanerank models --services`), a
+                JSON file, or a `ServiceContract`.
+            model: The name by which the service knows the model.
+            api_key: The key; by default that of the service's environment variable.
+            template: How the model wants to be asked, where its exact hub id as `model` does not
+                tell; see `lanerank.scoring.remote.RemoteScorer`.
+            instructions: Say `False` for a model that follows none, and one is refused.
+            scores: `"unit"`, `"logit"` or `"raw"`, where they are not what the service usually
+                gives.
+            timeout: Seconds that one attempt may take.
+            max_retries: How often a request is repeated that may succeed the next time.
+            concurrency: How many requests may be under way at a time.
+            on_error: `"raise"`, or `"input_order"` to keep the order of the input where the service
+                fails; the ranking then has `degraded` set and all its scores are 0.0.
+            probe: Check now that an instruction changes the scores of a known pair. Whatever
+                `on_error` is, a service that fails this check raises.
+            on_unsupported: See the class.
+
+        Raises:
+            InputError: An option is not usable.
+            InstructionNotSupportedError: The probe found that instructions change nothing.
+            MissingExtraError: The extra is not installed.
+            ModelLoadError: A file is not a contract.
+            RemoteError: The service did not answer the probe as it should.
+        """
+        # Local imports, since most users have no need of an HTTP client.
+        from lanerank.scoring.fallback import FallbackScorer, OnError
+        from lanerank.scoring.remote import RemoteScorer
+
+        _one_of("on_error", on_error, OnError)
+        scorer = RemoteScorer(
+            url,
+            service=service,
+            model=model,
+            api_key=api_key,
+            template=template,
+            instructions=instructions,
+            scores=scores,
+            timeout=timeout,
+            max_retries=max_retries,
+            concurrency=concurrency,
+        )
+        reranker = cls(
+            FallbackScorer(scorer) if on_error == "input_order" else scorer,
+            on_unsupported=on_unsupported,
+        )
+        if probe:
+            scorer.probe()
+        return reranker
 
     def rank(
         self,
@@ -201,14 +282,22 @@ class Reranker:
             InstructionNotSupportedError: The model has no channel for the instruction.
             ScorerError: The scorer did not give one number for each document.
         """
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int)):
-            raise InputError(f"`top_k` must be an int or None, got {top_k!r}")
-        if top_k is not None and top_k < 1:
-            raise InputError(f"`top_k` must be at least 1, got {top_k}; leave it out to keep all")
+        _check_top_k(top_k)
         items = _documents(documents)
         resolved = _resolve(instruction)
         request, applied = self._request(query, items, resolved, attributes, long_documents)
         scores = self._score(_with_progress(request, progress))
+        return self._ranking(query, items, resolved, applied, scores, top_k)
+
+    def _ranking(
+        self,
+        query: str,
+        items: tuple[Document, ...],
+        resolved: Resolved,
+        applied: Applied | None,
+        scores: Scores,
+        top_k: int | None,
+    ) -> Ranking:
         finite = [math.isfinite(value) for value in scores.values]
         non_finite = tuple(i for i, ok in enumerate(finite) if not ok)
         if non_finite:
@@ -227,8 +316,10 @@ class Reranker:
             model=self.scorer.name,
             instruction_fingerprint=resolved.instruction.fingerprint if applied else None,
             instruction_source=str(resolved.source) if applied else None,
-            instruction_applied=applied,
+            # What was not scored was not instructed either.
+            instruction_applied="ignored" if applied and scores.degraded else applied,
             non_finite=non_finite,
+            degraded=scores.degraded,
         )
 
     def score(
@@ -241,11 +332,18 @@ class Reranker:
         long_documents: LongDocuments | None = None,
         progress: Progress | None = None,
     ) -> list[float]:
-        """The scores in the order of the documents; arguments and errors as for `rank`."""
+        """The scores in the order of the documents; arguments and errors as for `rank`.
+
+        Where `rank` would be `degraded`, this raises a `ScorerError`: numbers have no place to say
+        that they mean nothing.
+        """
         items = _documents(documents)
         resolved = _resolve(instruction)
         request, _ = self._request(query, items, resolved, attributes, long_documents)
-        return list(self._score(_with_progress(request, progress)).values)
+        scores = self._score(_with_progress(request, progress))
+        if scores.degraded is not None:
+            raise ScorerError(scores.degraded)
+        return list(scores.values)
 
     async def arank(
         self,
@@ -258,17 +356,29 @@ class Reranker:
         long_documents: LongDocuments | None = None,
         progress: Progress | None = None,
     ) -> Ranking:
-        """`rank` in a worker thread, so that the event loop goes on."""
-        return await asyncio.to_thread(
-            self.rank,
-            query,
-            documents,
-            instruction=instruction,
-            attributes=attributes,
-            top_k=top_k,
-            long_documents=long_documents,
-            progress=progress,
-        )
+        """`rank` without blocking the event loop, and without a thread where the scorer allows it.
+
+        A scorer that can be awaited, as that of `from_url`, leaves nothing behind when the call is
+        cancelled. A thread cannot be stopped and ends by itself.
+        """
+        if not isinstance(self.scorer, AsyncScorer):
+            return await asyncio.to_thread(
+                self.rank,
+                query,
+                documents,
+                instruction=instruction,
+                attributes=attributes,
+                top_k=top_k,
+                long_documents=long_documents,
+                progress=progress,
+            )
+        _check_top_k(top_k)
+        items = _documents(documents)
+        resolved = _resolve(instruction)
+        request, applied = self._request(query, items, resolved, attributes, long_documents)
+        request = _with_progress(request, progress)
+        scores = self._checked(request, await self.scorer.ascore(request) if items else Scores(()))
+        return self._ranking(query, items, resolved, applied, scores, top_k)
 
     def __repr__(self) -> str:
         """Name the model."""
@@ -281,13 +391,13 @@ class Reranker:
         resolved: Resolved,
         attributes: Sequence[str],
         long_documents: LongDocuments | None,
-    ) -> tuple[RerankRequest, Literal["lane", "prepended", "ignored"] | None]:
+    ) -> tuple[RerankRequest, Applied | None]:
         if not isinstance(query, str) or not query.strip():
             raise InputError(f"`query` must be a str that is not blank, got {query!r}")
         fields = _fields(attributes)
         today = resolved.instruction.effective_today()
         text = resolved.instruction.render(today)
-        applied: Literal["lane", "prepended", "ignored"] | None = "lane" if text else None
+        applied: Applied | None = "lane" if text else None
         if text and not self.scorer.supports_instructions:
             if self.on_unsupported == "raise":
                 raise InstructionNotSupportedError(
@@ -318,7 +428,9 @@ class Reranker:
     def _score(self, request: RerankRequest) -> Scores:
         if not request.candidates:
             return Scores(())
-        scores = self.scorer.score(request)
+        return self._checked(request, self.scorer.score(request))
+
+    def _checked(self, request: RerankRequest, scores: Scores) -> Scores:
         expected = len(request.candidates)
         if len(scores.values) != expected or len(scores.truncated) not in (0, expected):
             raise ScorerError(
@@ -326,7 +438,11 @@ class Reranker:
                 f"{len(scores.truncated)} truncation flags for {expected} documents"
             )
         try:
-            return Scores(tuple(map(_number, scores.values)), tuple(scores.truncated))
+            return replace(
+                scores,
+                values=tuple(map(_number, scores.values)),
+                truncated=tuple(scores.truncated),
+            )
         except (TypeError, ValueError) as error:
             raise ScorerError(f"{self.scorer.name!r} gave a score that is no number") from error
 
@@ -336,6 +452,13 @@ ModelLike = str | Path | Reranker | Scorer | None
 
 _loaded: dict[str | None, Reranker] = {}
 _loading = threading.Lock()
+
+
+def _check_top_k(top_k: int | None) -> None:
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int)):
+        raise InputError(f"`top_k` must be an int or None, got {top_k!r}")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"`top_k` must be at least 1, got {top_k}; leave it out to keep all")
 
 
 def _number(value: object) -> float:

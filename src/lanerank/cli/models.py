@@ -1,4 +1,4 @@
-"""`lanerank models`: which models lanerank knows how to ask, and how."""
+"""`lanerank models`: which models and services lanerank knows how to ask, and how."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from rich.text import Text
 
 from lanerank.cli.console import JsonFlag, out, print_json
 from lanerank.contracts import Lane
+from lanerank.service import ServiceContract
+from lanerank.service import services as known_services
 from lanerank.template import contract_for, contracts, known_models
 
 models_app = typer.Typer(help="List the models that lanerank knows how to ask.")
@@ -23,13 +25,23 @@ _LANE_STYLES = {Lane.INSTRUCTION: "green", Lane.QUERY: "cyan", Lane.DOCUMENT: "y
 
 
 @models_app.callback(invoke_without_command=True)
-def models(context: typer.Context, *, as_json: JsonFlag = False) -> None:
+def models(
+    context: typer.Context,
+    *,
+    services: Annotated[
+        bool, typer.Option("--services", help="List the servers and hosted services instead.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
     """List the models whose exact prompt lanerank knows.
 
     Any of them loads by its id, as `--model ID` or `Reranker.from_pretrained("ID")`; the weights
     are fetched when you ask for them. Others need a contract: `models show` has examples.
     """
     if context.invoked_subcommand is not None:
+        return
+    if services:
+        _list_services(as_json=as_json)
         return
     if as_json:
         print_json(
@@ -62,6 +74,33 @@ def models(context: typer.Context, *, as_json: JsonFlag = False) -> None:
         "first and can. None: the model takes no instruction, see `--on-unsupported`. "
         "`lanerank models show ID` has the prompt and its sources."
     )
+
+
+def _list_services(*, as_json: bool) -> None:
+    if as_json:
+        print_json([contract.model_dump() for contract in known_services()])
+        return
+    for contract in known_services():
+        where = contract.url or "http://YOUR-SERVER"
+        out.print(f"[bold]{contract.service}[/bold]: {where}{contract.path}", highlight=False)
+        out.print(f"  {escape(_describe_channel(contract))}", highlight=False)
+        out.print(f"  [dim]{escape(contract.verified)}[/dim]", highlight=False)
+    out.print(
+        "\n`Reranker.from_url(URL, service=NAME, model=...)` ranks with them, and needs the extra "
+        "lanerank\\[remote]. For another, pass a JSON file with what differs. `--json` has "
+        "notes and sources."
+    )
+
+
+def _describe_channel(contract: ServiceContract) -> str:
+    channel = contract.instruction
+    if channel is None:
+        return "instruction: none"
+    if channel.template:
+        return "instruction: in a prompt that lanerank renders, for a model whose prompt it knows"
+    if channel.query is not None:
+        return f"instruction: in the query, as {channel.query!r}"
+    return f"instruction: in the field {channel.field!r}"
 
 
 @models_app.command()

@@ -11,11 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lanerank.contracts import Document
 from lanerank.errors import InputError
-from lanerank.evaluation.calibration import (
-    bootstrap_calibration_interval,
-    brier_terms,
-    expected_calibration_error,
-)
+from lanerank.evaluation.calibration import JudgedPairs, named_estimates
 from lanerank.evaluation.measures import (
     BoolArray,
     Estimate,
@@ -29,7 +25,6 @@ from lanerank.evaluation.measures import (
 from lanerank.evaluation.scenarios import (
     INSTRUCTED_KINDS,
     LANE_KINDS,
-    RELEVANT_GRADE,
     LaneKind,
     Scenario,
 )
@@ -110,9 +105,9 @@ class EvaluationReport(BaseModel):
 
     def rows(self) -> list[tuple[str, Estimate]]:
         """Every estimate there is with its name, for tables: `flip_accuracy`, `recency/ndcg`."""
-        rows = _named_estimates(self, "")
+        rows = named_estimates(self)
         for kind, report in self.by_kind.items():
-            rows += _named_estimates(report, f"{kind}/")
+            rows += named_estimates(report, f"{kind}/")
         return rows
 
 
@@ -148,7 +143,7 @@ def evaluate(
         lanes += _score_lanes(reranker, number, scenario)
         if progress:
             progress(number + 1, len(scenarios))
-    flips = _flips(lanes)
+    flips, pairs = _flips(lanes), _judged(lanes)
     instructed = [lane for lane in lanes if lane.kind in INSTRUCTED_KINDS]
     neutral = [lane for lane in lanes if lane.kind == "neutral"]
     return EvaluationReport(
@@ -172,8 +167,8 @@ def evaluate(
         flip_accuracy_instructed=estimate_mean(
             (flip.scenario, flip.right) for flip in flips if flip.kinds <= set(INSTRUCTED_KINDS)
         ),
-        ece=_calibration_error(lanes),
-        brier=_brier(lanes),
+        ece=pairs and pairs.calibration_error(),
+        brier=pairs and pairs.brier(),
         attack=estimate_mean((lane.scenario, lane.shifts) for lane in lanes),
         by_kind={
             kind: _report_kind(kind, lanes, flips)
@@ -275,6 +270,7 @@ def _report_kind(
 ) -> KindReport:
     chosen = [lane for lane in lanes if lane.kind == kind]
     with_instruction = chosen if kind != "none" else []
+    pairs = _judged(chosen)
     return KindReport(
         lanes=len(chosen),
         ndcg=estimate_mean((lane.scenario, lane.ndcg) for lane in chosen),
@@ -285,39 +281,12 @@ def _report_kind(
         flip_accuracy=estimate_mean(
             (flip.scenario, flip.right) for flip in flips if kind in flip.kinds
         ),
-        ece=_calibration_error(chosen),
-        brier=_brier(chosen),
+        ece=pairs and pairs.calibration_error(),
+        brier=pairs and pairs.brier(),
     )
 
 
-def _brier(lanes: Sequence[_ScoredLane]) -> Estimate | None:
-    if not _are_probabilities(lanes):
-        return None
-    return estimate_mean(
-        (lane.scenario, brier_terms(lane.scores, lane.grades >= RELEVANT_GRADE)) for lane in lanes
-    )
-
-
-def _calibration_error(lanes: Sequence[_ScoredLane]) -> Estimate | None:
-    if not _are_probabilities(lanes):
-        return None
-    scores = np.concatenate([lane.scores for lane in lanes])
-    labels = np.concatenate([lane.grades >= RELEVANT_GRADE for lane in lanes])
-    scenarios = np.concatenate([np.full(lane.scores.size, lane.scenario) for lane in lanes])
-    kept = ~np.isnan(scores)
-    scores, labels, scenarios = scores[kept], labels[kept], scenarios[kept]
-    low, high = bootstrap_calibration_interval(scores, labels, scenarios)
-    value = expected_calibration_error(scores, labels)
-    return Estimate(value=value, low=low, high=high, n=scores.size)
-
-
-def _are_probabilities(lanes: Sequence[_ScoredLane]) -> bool:
-    """Whether there are finite scores and all of them lie in [0, 1]."""
-    scores = np.concatenate([lane.scores for lane in lanes])
-    finite = scores[~np.isnan(scores)]
-    return bool(finite.size and finite.min() >= 0 and finite.max() <= 1)
-
-
-def _named_estimates(report: BaseModel, prefix: str) -> list[tuple[str, Estimate]]:
-    fields = ((name, getattr(report, name)) for name in type(report).model_fields)
-    return [(prefix + name, value) for name, value in fields if isinstance(value, Estimate)]
+def _judged(lanes: Sequence[_ScoredLane]) -> JudgedPairs | None:
+    """The pairs of lanes, where their scores are probabilities."""
+    pairs = JudgedPairs.join((lane.scenario, lane.kind, lane.scores, lane.grades) for lane in lanes)
+    return pairs if pairs.are_probabilities else None

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, Self, get_args
+from typing import Annotated, ClassVar, Literal, NoReturn, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -69,14 +69,22 @@ def _day(value: object) -> object:
     raise ValueError("expected a date written YYYY-MM-DD")
 
 
-_Text = Annotated[StrictStr, AfterValidator(_not_blank)]
+NotBlank = Annotated[StrictStr, AfterValidator(_not_blank)]
+"""Text with something in it."""
+
+Day = Annotated[date | None, BeforeValidator(_day)]
+"""A date written YYYY-MM-DD, or none."""
+
 _Grade = Annotated[StrictInt, Field(ge=0, le=3)]
 
 
-class _Record(BaseModel):
-    """A part of a scenario file: strict about its own fields, deaf to notes beside them."""
+class Record(BaseModel):
+    """A part of an input file: strict about its own fields, deaf to notes beside them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    parts: ClassVar[Mapping[str, type[BaseModel]]] = {}
+    """The records inside this one, by the field that holds them, so that errors can name theirs."""
 
     @model_validator(mode="before")
     @classmethod
@@ -91,18 +99,21 @@ class _Record(BaseModel):
         }
 
 
-class ScenarioDocument(_Record):
+_RecordT = TypeVar("_RecordT", bound=Record)
+
+
+class ScenarioDocument(Record):
     """One document of a scenario."""
 
-    id: _Text
+    id: NotBlank
     """Unique in the scenario; grades refer to it."""
-    text: _Text
+    text: NotBlank
     """The retrieved text."""
     metadata: Mapping[StrictStr, JsonValue] = Field(default_factory=dict)
     """What an index would know about it. Every field here reaches the model's attributes lane."""
     injected: StrictBool = False
     """Whether the text holds a prompt injection. For the measures only; no model sees it."""
-    text_without_injection: _Text | None = None
+    text_without_injection: NotBlank | None = None
     """The same text without the injected part, for the attack measure; only where `injected`."""
 
     @model_validator(mode="after")
@@ -118,12 +129,12 @@ class ScenarioDocument(_Record):
         return self
 
 
-class ScenarioLane(_Record):
+class ScenarioLane(Record):
     """One setting of the instruction, with a grade for every document of the scenario."""
 
     kind: LaneKind
     """What the instruction is for."""
-    instruction: _Text | None
+    instruction: NotBlank | None
     """The instruction's text; `None` in a lane of kind `none`, and only there."""
     grades: Mapping[StrictStr, _Grade]
     """Document id to grade: 3 exactly what is wanted, 2 relevant, 1 marginal, 0 not relevant."""
@@ -137,16 +148,18 @@ class ScenarioLane(_Record):
         return self
 
 
-class Scenario(_Record):
+class Scenario(Record):
     """A query, its documents, and how they should be graded under different instructions."""
 
-    id: _Text
+    parts = {"documents": ScenarioDocument, "lanes": ScenarioLane}
+
+    id: NotBlank
     """Unique in the files that are read together."""
-    domain: _Text
+    domain: NotBlank
     """The subject area, for people; no measure depends on it."""
-    query: _Text
+    query: NotBlank
     """What the searcher typed."""
-    today: Annotated[date | None, BeforeValidator(_day)] = None
+    today: Day = None
     """The date on which the search happens, `YYYY-MM-DD`; `None` where the time plays no part."""
     documents: Annotated[tuple[ScenarioDocument, ...], Field(min_length=1)]
     """The candidates, in the order in which they are given to a model."""
@@ -197,8 +210,8 @@ def read_scenarios(paths: str | Path | Iterable[str | Path]) -> list[Scenario]:
     scenarios: list[Scenario] = []
     seen: dict[str, str] = {}
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        for number, line in _lines(Path(path)):
-            scenario = _parse(path, number, line)
+        for number, value in read_objects(path):
+            scenario = validate_record(Scenario, value, path, number)
             if scenario.id in seen:
                 raise FileFormatError(
                     path,
@@ -209,6 +222,47 @@ def read_scenarios(paths: str | Path | Iterable[str | Path]) -> list[Scenario]:
             seen[scenario.id] = f"{path}:{number}"
             scenarios.append(scenario)
     return scenarios
+
+
+def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """The JSON objects of a JSONL file with their line numbers; errors as for `read_scenarios`."""
+    for number, line in _lines(Path(path)):
+        yield number, parse_object(line, path, number)
+
+
+def parse_object(text: str, path: str | Path, line: int) -> dict[str, object]:
+    """The JSON object that a text is, which begins at this line of the file.
+
+    Raises:
+        FileFormatError: It is not JSON, not an object, or holds a key twice or NaN.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        problem = f"not valid JSON: {error.msg} (column {error.colno})"
+        raise FileFormatError(path, line + error.lineno - 1, problem) from error
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(path, line, f"not usable JSON: {error}") from error
+    if not isinstance(value, dict):
+        problem = f"expected a JSON object, got {reprlib.repr(value)}"
+        raise FileFormatError(path, line, problem)
+    return value
+
+
+def validate_record(
+    record: type[_RecordT], value: Mapping[str, object], path: str | Path, line: int
+) -> _RecordT:
+    """The object at this line as a record.
+
+    Raises:
+        FileFormatError: It is none; the message names every field that is wrong.
+    """
+    try:
+        return record.model_validate(value)
+    except ValidationError as error:
+        raise FileFormatError(path, line, _explain(record, value.get("id"), error)) from error
+    except RecursionError as error:
+        raise FileFormatError(path, line, "nested too deeply") from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -233,23 +287,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _parse(path: str | Path, number: int, line: str) -> Scenario:
-    try:
-        value = json.loads(line, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        problem = f"not valid JSON: {error.msg} (column {error.colno})"
-        raise FileFormatError(path, number, problem) from error
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(path, number, f"not usable JSON: {error}") from error
-    if not isinstance(value, dict):
-        problem = f"expected a JSON object with a scenario, got {reprlib.repr(value)}"
-        raise FileFormatError(path, number, problem)
-    try:
-        return Scenario.model_validate(value)
-    except ValidationError as error:
-        raise FileFormatError(path, number, _explain(value.get("id"), error)) from error
-
-
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     value = dict(pairs)
     if len(value) < len(pairs):
@@ -265,17 +302,18 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value")
 
 
-def _explain(scenario_id: object, error: ValidationError) -> str:
+def _explain(record: type[Record], record_id: object, error: ValidationError) -> str:
     problems = []
     for problem in error.errors(include_url=False):
         where, message = problem["loc"], problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            message = f"unknown field; the fields here are {', '.join(_fields_at(where))}"
+            message = f"unknown field; the fields here are {', '.join(_fields_at(record, where))}"
         elif problem["type"] not in ("missing", "value_error") or where[-1:] == ("today",):
             message += f", got {reprlib.repr(problem['input'])}"
         problems.append(f"{_location(where)}{message}")
-    name = f"scenario {reprlib.repr(scenario_id)}: " if isinstance(scenario_id, str) else ""
-    return name + "; ".join(problems)
+    name = record.__name__.lower()
+    label = f"{name} {reprlib.repr(record_id)}: " if isinstance(record_id, str) else ""
+    return label + "; ".join(problems)
 
 
 def _location(where: tuple[int | str, ...]) -> str:
@@ -286,10 +324,8 @@ def _location(where: tuple[int | str, ...]) -> str:
     return f"`{steps.removeprefix('.')}`: "
 
 
-def _fields_at(where: tuple[int | str, ...]) -> Iterable[str]:
-    if len(where) == 1:
-        return Scenario.model_fields
-    return (ScenarioDocument if where[0] == "documents" else ScenarioLane).model_fields
+def _fields_at(record: type[Record], where: tuple[int | str, ...]) -> Iterable[str]:
+    return (record if len(where) == 1 else record.parts[str(where[0])]).model_fields
 
 
 def _listed(names: Iterable[str]) -> str:

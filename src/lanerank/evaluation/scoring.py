@@ -83,3 +83,48 @@ def score_scenario(
         )
     given = np.array(values, dtype=float)
     return np.where(np.isfinite(given), given, np.nan)
+
+
+class Remembering:
+    """A reranker that scores nothing twice, for measures that ask for the same pairs.
+
+    It relies on scorers being pointwise: a document's score is kept, whatever it was scored with.
+
+    Args:
+        reranker: Gives the scores.
+    """
+
+    def __init__(self, reranker: SupportsScore) -> None:
+        """Begin with an empty memory."""
+        self.reranker = reranker
+        self._known: dict[tuple[str, str, tuple[str, ...]], dict[tuple[str, str], float]] = {}
+
+    @property
+    def scorer(self) -> SupportsName:
+        """The model."""
+        return self.reranker.scorer
+
+    def score(
+        self,
+        query: str,
+        documents: Sequence[Document],
+        *,
+        instruction: Instruction | None = None,
+        attributes: Sequence[str] = (),
+    ) -> Sequence[float]:
+        """One score for each document, in input order."""
+        known = self._known.setdefault((query, repr(instruction), tuple(attributes)), {})
+        # Metadata need be neither hashable nor JSON.
+        keys = [(document.text, repr(document.metadata)) for document in documents]
+        missing = {key: doc for key, doc in zip(keys, documents, strict=True) if key not in known}
+        if missing:
+            values = self.reranker.score(
+                query, list(missing.values()), instruction=instruction, attributes=attributes
+            )
+            if len(values) != len(missing):
+                raise ScorerError(
+                    f"{self.scorer.name!r} returned {len(values)} scores for {len(missing)} "
+                    "documents; expected one for each document, in input order"
+                )
+            known.update(zip(missing, values, strict=True))
+        return [known[key] for key in keys]

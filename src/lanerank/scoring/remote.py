@@ -1,0 +1,378 @@
+"""A scorer that asks a server or a hosted service, by its contract. Needs the extra `remote`.
+
+An answer counts only if it has exactly one finite number for each document; anything else is a
+`RemoteError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self, get_args
+
+from pydantic import SecretStr
+
+from lanerank.contracts import Candidate, RerankRequest, Scores
+from lanerank.display import one_line
+from lanerank.errors import InputError, InstructionNotSupportedError
+from lanerank.lanes import clean_text
+from lanerank.scoring.transport import Backoff, Transport, find_address, find_key
+from lanerank.service import (
+    ScoreKind,
+    ServiceContract,
+    check_rendering,
+    read_service,
+    service_for,
+)
+from lanerank.template import PromptTemplate, contract_for, known_models, read_contract
+
+_BACKOFF = Backoff()
+_PER_DOCUMENT = 200
+"""Bytes that names, quotes and a service's own counting add to a document, at most."""
+
+_PROBE = RerankRequest(
+    query="bank",
+    candidates=(
+        Candidate(text="Open a savings account and earn interest every month."),
+        Candidate(text="The rowers landed where the river had washed out the grass."),
+    ),
+)
+_PROBE_INSTRUCTION = "The user plans a boat trip: 'bank' means the side of a river, never money."
+
+
+class RemoteScorer:
+    """Scores by asking a service over HTTP.
+
+    It may be called from several threads and event loops, which share its connections as far as
+    they can. A pickled copy opens its own, and carries the key in plain text.
+
+    Args:
+        url: The server's address, with or without the contract's path. By default a hosted
+            service's own.
+        service: A name that lanerank knows (see `lanerank models --services`), a JSON file, or a
+            `ServiceContract`.
+        model: The name by which the service knows the model.
+        api_key: The key. By default that of the environment variable which the contract names,
+            which a hosted service gets at its own address only.
+        template: How the model wants to be asked, where its exact hub id as `model` does not tell:
+            a model id or family that lanerank knows, a JSON file, or a `PromptTemplate`. A server
+            that takes no instruction gets the prompt rendered by it; for others it says which
+            markers texts must not imitate.
+        instructions: Whether the model follows instructions. Say `False` for a plain cross-encoder,
+            and an instruction is refused instead of being lost on the way.
+        scores: What the scores are, if not what the contract says: `"unit"` for [0, 1], `"logit"`
+            to apply a sigmoid, `"raw"` to take any number.
+        timeout: Seconds that one attempt may take.
+        max_retries: How often a request is repeated that found no server, took too long, or got the
+            status 408, 425, 429, 500, 502, 503 or 504.
+        concurrency: How many requests may be under way at a time.
+        backoff: How long to wait in between.
+
+    Raises:
+        InputError: An option is not usable, or a key is required and missing.
+        ModelLoadError: A file is not a contract.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        service: str | Path | ServiceContract,
+        model: str | None = None,
+        api_key: str | SecretStr | None = None,
+        template: str | Path | PromptTemplate | None = None,
+        instructions: bool = True,
+        scores: ScoreKind | None = None,
+        timeout: float = 30.0,
+        max_retries: int = 3,
+        concurrency: int = 4,
+        backoff: Backoff = _BACKOFF,
+    ) -> None:
+        """Check everything; nothing is sent."""
+        contract = _service(service)
+        _check_model(model, contract)
+        if scores is not None and scores not in get_args(ScoreKind):
+            raise InputError(f"`scores` must be one of {get_args(ScoreKind)}, got {scores!r}")
+        address = find_address(url, contract)
+        self.contract = contract
+        self.model = model
+        self.scores = scores
+        self.template = _template(template, model, contract)
+        self.supports_instructions = instructions and contract.carries_instructions(self.template)
+        self._transport = Transport(
+            contract,
+            address,
+            find_key(api_key, contract, address),
+            timeout=timeout,
+            max_retries=max_retries,
+            concurrency=concurrency,
+            backoff=backoff,
+        )
+
+    @property
+    def name(self) -> str:
+        """The service, and the model where it is named."""
+        service = self.contract.service
+        return service if self.model is None else f"{service}:{self.model}"
+
+    @property
+    def url(self) -> str:
+        """The whole address."""
+        return self._transport.url
+
+    def __repr__(self) -> str:
+        """Name the service, the model and the address."""
+        return f"RemoteScorer({self.name!r}, url={self.url!r})"
+
+    def score(self, request: RerankRequest) -> Scores:
+        """Score every candidate of the request.
+
+        Raises:
+            InputError: The query is too long for the service, or windows are asked for and the
+                service cannot be told.
+            InstructionNotSupportedError: The instruction would not reach the model.
+            RemoteError: The service did not give one number for each candidate.
+        """
+        parts = self._parts(request)
+        tell = _teller(request)
+        answers = []
+        with closing(self._transport.post([part.body for part in parts])) as texts:
+            for part, text in zip(parts, texts, strict=True):
+                answers.append(self._read(part, text))
+                tell(part.count)
+        return _whole(parts, answers)
+
+    async def ascore(self, request: RerankRequest) -> Scores:
+        """`score` on the event loop, without a thread; cancelling it cancels the requests."""
+        parts = self._parts(request)
+        tell = _teller(request)
+
+        async def ask(part: _Part) -> Scores:
+            answer = self._read(part, await self._transport.apost(part.body))
+            tell(part.count)
+            return answer
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(ask(part)) for part in parts]
+        except ExceptionGroup as errors:
+            # One failure is enough, and callers look for the error itself.
+            raise errors.exceptions[0] from None
+        return _whole(parts, [task.result() for task in tasks])
+
+    def probe(self) -> None:
+        """Check that an instruction reaches the model: it has to change a known pair's scores.
+
+        Nothing is asked of a service that has no way for one.
+
+        Raises:
+            InstructionNotSupportedError: It changes nothing; the message names the usual causes.
+            RemoteError: The service did not answer as it should.
+        """
+        if not self.supports_instructions:
+            return
+        instructed = replace(_PROBE, instruction=_PROBE_INSTRUCTION)
+        # A server that batches with other requests does not repeat a score to the last bit; the
+        # third answer says how far apart two equal questions lie.
+        plain, changed, again = (
+            self.score(request).values for request in (_PROBE, instructed, _PROBE)
+        )
+        noise = max(abs(one - two) for one, two in zip(plain, again, strict=True))
+        effect = max(abs(one - two) for one, two in zip(plain, changed, strict=True))
+        if effect > 2 * noise + 1e-7:
+            return
+        causes = "".join(f"\n- {cause}" for cause in self.contract.causes)
+        raise InstructionNotSupportedError(
+            f"{self.name!r} at {self.url} gave a known pair the scores {plain} without and "
+            f"{changed} with an instruction: it does not reach the model. Usual causes:{causes}\n"
+            "Mend the server, pass `instructions=False` if the model takes none, or skip this "
+            "check with `probe=False`"
+        )
+
+    def close(self) -> None:
+        """Close the connections of all threads; a later call opens new ones.
+
+        Those of asynchronous calls close with their event loop, or by `aclose`.
+        """
+        self._transport.close()
+
+    async def aclose(self) -> None:
+        """Close the connections of this event loop, and those of all threads."""
+        await self._transport.aclose()
+
+    def __enter__(self) -> Self:
+        """Give the scorer."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the connections of all threads."""
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        """Give the scorer."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the connections of this event loop and of all threads."""
+        await self.aclose()
+
+    def _parts(self, request: RerankRequest) -> list[_Part]:
+        """The requests to send: each within the limits of the service, in the input's order."""
+        limits = self.contract.limits
+        trusted = replace(
+            request,
+            query=clean_text(request.query),
+            instruction=clean_text(request.instruction),
+        )
+        # What a document costs without its text: many services count the query with each.
+        fixed = len(self._body(trusted, [("", "")])) + _PER_DOCUMENT
+        if fixed > limits.bytes // 2:
+            raise InputError(
+                f"`query` and `instruction` leave too little room for documents: they take {fixed} "
+                f"bytes, and {self.contract.service!r} takes {limits.bytes} for one document with "
+                "both; shorten them"
+            )
+        parts: list[_Part] = []
+        documents: list[tuple[str, str]] = []
+        cut: list[bool] = []
+        used = 0
+        for candidate in request.candidates:
+            attributes = clean_text(candidate.attributes).strip()
+            whole = clean_text(candidate.text)
+            text = _beginning(whole, limits.bytes - fixed - _size(attributes))
+            cost = fixed + _size(attributes) + _size(text)
+            if documents and (len(documents) == limits.documents or used + cost > limits.bytes):
+                parts.append(_Part(self._body(trusted, documents), tuple(cut)))
+                documents, cut, used = [], [], 0
+            documents.append((text, attributes))
+            cut.append(len(text) < len(whole))
+            used += cost
+        if documents:
+            parts.append(_Part(self._body(trusted, documents), tuple(cut)))
+        return parts
+
+    def _body(self, trusted: RerankRequest, documents: Sequence[tuple[str, str]]) -> bytes:
+        body = self.contract.body(
+            query=trusted.query,
+            documents=documents,
+            instruction=trusted.instruction,
+            model=self.model,
+            template=self.template,
+            long_documents=trusted.long_documents,
+        )
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+
+    def _read(self, part: _Part, text: str) -> Scores:
+        try:
+            return self.contract.read(json.loads(text), part.count, scores=self.scores)
+        except json.JSONDecodeError as error:
+            problem = f"it is no JSON ({error})"
+        except (ValueError, RecursionError) as error:
+            problem = str(error)
+        raise self._transport.error(
+            f"gave an answer that is not usable, {problem}; it begins {one_line(text, 200)!r}", 200
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One request to send."""
+
+    body: bytes
+    cut: tuple[bool, ...]
+    """For each document, whether it was cut to fit."""
+
+    @property
+    def count(self) -> int:
+        return len(self.cut)
+
+
+def _teller(request: RerankRequest) -> Callable[[int], None]:
+    """Reports progress: takes how many more documents are scored."""
+    done = 0
+
+    def tell(more: int) -> None:
+        nonlocal done
+        done += more
+        if request.progress is not None:
+            request.progress(done, len(request.candidates))
+
+    return tell
+
+
+def _whole(parts: Sequence[_Part], answers: Sequence[Scores]) -> Scores:
+    values: list[float] = []
+    truncated: list[bool] = []
+    for part, answer in zip(parts, answers, strict=True):
+        values += answer.values
+        told = answer.truncated or (False,) * part.count
+        truncated += (ours or theirs for ours, theirs in zip(part.cut, told, strict=True))
+    return Scores(tuple(values), tuple(truncated) if any(truncated) else ())
+
+
+def _size(text: str) -> int:
+    return len(text.encode())
+
+
+def _beginning(text: str, room: int) -> str:
+    content = text.encode()
+    return text if len(content) <= room else content[: max(room, 0)].decode(errors="ignore")
+
+
+def _service(service: str | Path | ServiceContract) -> ServiceContract:
+    if isinstance(service, ServiceContract):
+        return service
+    if isinstance(service, Path) or (isinstance(service, str) and service.endswith(".json")):
+        return read_service(service)
+    if isinstance(service, str):
+        return service_for(service)
+    raise InputError(
+        f"`service` must be a name, a JSON file or a `ServiceContract`, got {service!r}"
+    )
+
+
+def _check_model(model: str | None, contract: ServiceContract) -> None:
+    if model is None and contract.url is not None:
+        raise InputError(f"`model` is missing; {contract.service!r} serves several, name one")
+    if model is not None and not isinstance(model, str):
+        raise InputError(f"`model` must be a str or None, got {model!r}")
+    if model in contract.refused:
+        raise InputError(f"`model` {model!r} is refused: {contract.refused[model]}; use another")
+
+
+def _template(
+    template: str | Path | PromptTemplate | None, model: str | None, contract: ServiceContract
+) -> PromptTemplate | None:
+    if template is not None and contract.isolates_lanes:
+        raise InputError(
+            f"`template` is not for {contract.service!r}, which knows how its model is asked; "
+            "leave it out"
+        )
+    if isinstance(template, Path) or (isinstance(template, str) and template.endswith(".json")):
+        template = read_contract(template)
+    elif isinstance(template, str):
+        template = contract_for(template)
+    elif template is None:
+        template = dict(known_models()).get(model or "")
+    if template is None:
+        return None
+    if template.kind == "refused":
+        raise InputError(f"`model` {model!r} is refused: {template.reason}; use another")
+    if contract.instruction is not None and contract.instruction.template:
+        check_rendering(template, contract)
+    return template
