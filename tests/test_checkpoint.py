@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -19,12 +20,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lanerank import Reranker
+from lanerank import Reranker, checkpoint
+from lanerank.calibration import CalibratedScorer, Calibrator
 from lanerank.checkpoint import load_scorer
 from lanerank.contracts import Candidate, RerankRequest, Scorer
 from lanerank.errors import InputError, MissingExtraError, ModelLoadError
 from lanerank.scoring.causal_lm import CausalLMScorer
 from lanerank.scoring.cross_encoder import CrossEncoderScorer
+from lanerank.scoring.lane_encoder import LaneEncoderScorer
 from lanerank.template import PromptTemplate
 
 REQUEST = RerankRequest(
@@ -525,3 +528,103 @@ def test_no_folder_can_pass_for_the_model_in_the_package(folder, tmp_path, monke
     for name in (None, "lanerank-mini"):
         assert load_scorer(name).model.config.vocab_size == 30522
     assert load_scorer("./lanerank-mini").model.config.vocab_size < 30522
+
+
+# What was saved beside the model
+
+CALIBRATOR = Calibrator(method="platt", slope=0.5, intercept=-1.0, pairs=100)
+KINDS = {
+    "tiny_model_folder": (LaneEncoderScorer, None),
+    "causal_model": (CausalLMScorer, None),
+    "cross_encoder_folder": (CrossEncoderScorer, "granite-reranker"),
+}
+
+
+@pytest.fixture(params=KINDS)
+def calibrated_model(request, tmp_path):
+    """A folder with a calibrator, the scorer that is in it, and the contract that it needs."""
+    folder = shutil.copytree(request.getfixturevalue(request.param), tmp_path / "model")
+    CALIBRATOR.save(folder)
+    return folder, *KINDS[request.param]
+
+
+def plain(scorer):
+    return scorer.score(RerankRequest(query="red fish", candidates=REQUEST.candidates)).values
+
+
+def test_every_kind_of_model_is_calibrated_by_the_file_beside_it(calibrated_model) -> None:
+    folder, kind, contract = calibrated_model
+    scorer = load_scorer(folder, contract=contract, dtype="float32")
+    assert isinstance(scorer, CalibratedScorer)
+    assert isinstance(scorer.scorer, kind)
+    assert (scorer.name, scorer.calibrator) == ("model (calibrated: platt)", CALIBRATOR)
+    raw = load_scorer(folder, contract=contract, dtype="float32", calibrated=False)
+    assert isinstance(raw, kind)
+    assert raw.name == "model"
+    assert raw.supports_instructions is scorer.supports_instructions
+    assert plain(scorer) == pytest.approx(CALIBRATOR.apply(plain(raw)).tolist())
+    assert plain(scorer) != pytest.approx(plain(raw))
+
+
+def test_the_reranker_takes_the_model_with_or_without_its_calibrator(folder) -> None:
+    CALIBRATOR.save(folder)
+    texts = ["a red fish", "a coach", "the maritime team"]
+    calibrated, raw, default = (
+        Reranker.from_pretrained(folder, dtype="float32", **options).rank("red fish", texts)
+        for options in ({"calibrated": True}, {"calibrated": False}, {})
+    )
+    assert calibrated == default
+    assert calibrated.model == "model (calibrated: platt)"
+    assert raw.model == "model"
+    assert [each.index for each in calibrated] == [each.index for each in raw]
+    assert [each.score for each in calibrated] == pytest.approx(
+        CALIBRATOR.apply([each.score for each in raw]).tolist()
+    )
+
+
+def test_a_model_without_the_file_is_not_wrapped(tiny_model_folder) -> None:
+    for name in (None, tiny_model_folder):
+        assert isinstance(load_scorer(name), LaneEncoderScorer)
+
+
+def link_to_nowhere(folder) -> None:
+    (folder / "calibration.json").symlink_to(folder / "absent.json")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(write("calibration.json", b""), id="empty"),
+        pytest.param(write("calibration.json", b'{"method": "platt", "slope": 1}'), id="half"),
+        pytest.param(write("calibration.json", b'{"bits": 4}'), id="of another library"),
+        pytest.param(lambda folder: (folder / "calibration.json").mkdir(), id="folder"),
+        pytest.param(link_to_nowhere, id="link to nowhere"),
+    ],
+)
+def test_a_calibration_that_cannot_be_used_is_not_passed_over_in_silence(folder, damage) -> None:
+    damage(folder)
+    with pytest.raises(ModelLoadError, match=r"calibration\.json cannot be used") as caught:
+        load_scorer(folder)
+    assert "\n" not in str(caught.value)
+    assert "`calibrated=False`" in str(caught.value)
+    assert isinstance(load_scorer(folder, calibrated=False), LaneEncoderScorer)
+
+
+def test_the_file_is_fetched_with_the_model(calibrated_model, tmp_path, monkeypatch) -> None:
+    folder, kind, contract = calibrated_model
+    (folder / "notes.txt").write_text("not a part of the model")
+
+    def hub(name, *, allow_patterns, **options):
+        names = [path.name for path in folder.iterdir()]
+        snapshot = tmp_path / "snapshot"
+        snapshot.mkdir(exist_ok=True)
+        for each in filter_repo_objects(names, allow_patterns=allow_patterns):
+            shutil.copy(folder / each, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", hub)
+    scorer = load_scorer("owner/model", contract=contract)
+    assert isinstance(scorer.scorer, kind)
+    assert scorer.calibrator == CALIBRATOR
+    assert scorer.name == "owner/model (calibrated: platt)"
+    assert not (tmp_path / "snapshot" / "notes.txt").exists()

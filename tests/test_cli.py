@@ -18,6 +18,7 @@ import lanerank
 from lanerank import Reranker
 from lanerank.cli import app, main
 from lanerank.errors import InputError
+from lanerank.service import services
 from lanerank.template import known_models
 
 WIDE = {"COLUMNS": "200"}
@@ -110,6 +111,13 @@ def options(command):
         ),
         ("demo", ["--model", "--device", "--top-k"]),
         ("evaluate", ["--model", "--device", "--on-unsupported", "--json"]),
+        ("following", ["--model", "--condition", "--json"]),
+        ("calibration", ["--model", "--check", "--save", "--json"]),
+        ("injection", ["--model", "--attacks", "--sample", "--threshold", "--json"]),
+        ("compare", ["--other-model", "--instruction-a", "--measure", "--qrels", "--json"]),
+        ("report", ["--output", "--part", "--title", "--json"]),
+        ("snapshot", ["--output", "--model"]),
+        ("check", ["--score-tolerance", "--ranks-only", "--top-k", "--json"]),
     ],
 )
 def test_the_help_of_a_command_has_every_option(command, expected) -> None:
@@ -452,6 +460,105 @@ def test_an_evaluation_prints_its_measures(scenarios, tiny_model_folder, tmp_pat
     assert strict_json(printed.stdout) == strict_json(target.read_text())
 
 
+@pytest.fixture
+def measured(scenarios, tiny_model_folder):
+    """Run a measuring command on the scenarios with the tiny model."""
+    pytest.importorskip("ir_measures")
+
+    def run(command, *arguments, files=(scenarios,)):
+        options = [command, *map(str, files), "--model", str(tiny_model_folder)]
+        return CliRunner().invoke(app, [*options, *map(str, arguments)], env=WIDE)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "expected"),
+    [
+        ("following", ("--condition", "negated"), ["flip_accuracy", "random scores", "negated"]),
+        ("following", ("--condition", "none"), ["against withheld"]),
+        ("calibration", (), ["ece", "business_rule/threshold"]),
+        ("injection", ("--sample", "30"), ["lane_transfer", "position/"]),
+        ("compare", (), ["instruction-aware (1)", "nDCG@10", "rank-biased overlap"]),
+        ("compare", ("--measure", "RR@10", "--instruction-b", "red"), ["RR@10", "B: red"]),
+    ],
+)
+def test_a_measuring_command_prints_a_table_and_writes_the_same_as_json(
+    command, options, expected, measured, tmp_path
+) -> None:
+    target = tmp_path / "report.json"
+    table = measured(command, *options, "--json", target)
+    assert table.exit_code == 0, table.output
+    assert all(words in table.stdout for words in expected), table.stdout
+    printed = measured(command, *options, "--json", "-")
+    assert strict_json(printed.stdout) == strict_json(target.read_text())
+
+
+def test_a_report_is_a_page_and_json(measured, tmp_path) -> None:
+    page, data = tmp_path / "report.html", tmp_path / "report.json"
+    result = measured(
+        "report", "-o", page, "--json", data, "--part", "comparison", "--title", "Ours"
+    )
+    assert result.exit_code == 0, result.output
+    assert "<title>Ours</title>" in page.read_text()
+    assert strict_json(data.read_text())["following"] is None
+
+
+def test_finished_runs_are_compared_without_a_model(tmp_path) -> None:
+    pytest.importorskip("ir_measures")
+    for name, order in (("a.run", "xy"), ("b.run", "yx")):
+        lines = [f"q1 Q0 {doc} {rank} {9 - rank} t" for rank, doc in enumerate(order, 1)]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    (tmp_path / "qrels").write_text("q1 0 x 1\n")
+    result = CliRunner().invoke(
+        app,
+        [
+            *("compare", "--run", str(tmp_path / "a.run"), "--other-run", str(tmp_path / "b.run")),
+            *("--qrels", str(tmp_path / "qrels"), "--measure", "RR@10"),
+        ],
+        env=WIDE,
+    )
+    assert result.exit_code == 0, result.output
+    assert "-0.500" in result.stdout
+
+
+def test_a_snapshot_is_checked_and_a_change_ends_with_1(measured, write, tmp_path) -> None:
+    kept = tmp_path / "snapshot.json"
+    taken = measured("snapshot", "-o", kept)
+    assert taken.exit_code == 0, taken.output
+    again = measured("check", files=(kept, *cases_of(taken, tmp_path)))
+    assert again.exit_code == 0, again.output
+    case = {"id": "s1/none", "query": "red fish", "documents": [{"text": "another"}]}
+    changed = measured("check", files=(kept, write(json.dumps(case), "cases.jsonl")))
+    assert changed.exit_code == 1, changed.output
+
+
+def cases_of(_, folder):
+    return sorted(folder.glob("scenarios.jsonl"))
+
+
+def test_a_calibrator_is_checked_and_saved(measured, tiny_model_folder, tmp_path) -> None:
+    refused = measured("calibration", "--save", tmp_path)
+    assert "`--save` needs `--check`" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("following", ("-c", "loud"), "`--condition` must be of withheld"),
+        ("report", ("--part", "speed"), "`--part` must be of comparison"),
+        ("report", ("-o", "/no/such/folder/report.html"), "is in no folder that exists"),
+        ("calibration", ("--check", "platt", "--save", "/no/such"), "is not a folder"),
+        ("compare", ("--run", "a.run"), "give scenario files, or"),
+        ("compare", ("--other-run", "b.run"), "`--other-run` compares finished runs"),
+        ("injection", ("--attacks", "/no/such.json"), "/no/such.json"),
+    ],
+)
+def test_wrong_options_of_measuring_commands_are_named(command, options, message, measured) -> None:
+    result = measured(command, *options)
+    assert message in str(result.exception)
+
+
 # As a program of its own
 
 
@@ -512,6 +619,17 @@ def test_models_as_json_has_the_same() -> None:
     by_id = {each["model"]: each for each in listed}
     assert by_id["Qwen/Qwen3-Reranker-0.6B"]["isolates_instruction"] is True
     assert by_id["cross-encoder/ms-marco-MiniLM-L6-v2"]["instructions"] is False
+
+
+def test_models_lists_services_too() -> None:
+    lines = models("--services", catch_exceptions=False).stdout
+    for contract in services():
+        assert f"{contract.service}: " in lines
+        assert contract.path in lines
+    assert "instruction: in the field 'instruct'" in lines
+    assert "lanerank[remote]" in lines
+    listed = strict_json(models("--services", "--json", catch_exceptions=False).stdout)
+    assert [each["service"] for each in listed] == [contract.service for contract in services()]
 
 
 def test_models_show_prints_the_prompt_of_a_call() -> None:

@@ -46,7 +46,9 @@ def executed(notebook: NotebookNode) -> list[NotebookNode]:
     # Without folders to look in, the manager falls back on the interpreter that runs this test.
     kernel = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     assert kernel.kernel_spec.argv[0] == sys.executable
-    NotebookClient(run, km=kernel, timeout=600).execute(cleanup_kc=True)
+    # Jupyter starts a kernel in the folder of its notebook.
+    place = {"metadata": {"path": str(FOLDER)}}
+    NotebookClient(run, km=kernel, timeout=600, resources=place).execute(cleanup_kc=True)
     return [cell for cell in run.cells[1:] if cell.cell_type == "code"]
 
 

@@ -461,7 +461,12 @@ def test_any_text_can_be_ranked(data, tiny, troublesome_text) -> None:
     instruction = data.draw(troublesome_text)[:40]
     if not query.strip():
         return
-    ranking = tiny.rank(query, texts, instruction=instruction)
+    try:
+        ranking = tiny.rank(query, texts, instruction=instruction)
+    except InputError as error:  # an instruction that the tokenizer cannot read is never dropped
+        if "has no character that this model can read" not in str(error):
+            raise
+        return
     assert [r.document.text for r in sorted(ranking, key=lambda r: r.index)] == texts
     assert all(0 <= result.score <= 1 for result in ranking)
     assert ranking.non_finite == ()
@@ -543,6 +548,60 @@ class Waiting(Recording):
         self.started.set()
         assert self.gate.wait(60), "the event loop did not get to open the gate"
         return super().score(request)
+
+
+@dataclass
+class Awaited(Recording):
+    """Can be awaited."""
+
+    degraded: str | None = None
+
+    async def ascore(self, request: RerankRequest) -> Scores:
+        await asyncio.sleep(0)
+        return replace(self.score(request), degraded=self.degraded)
+
+
+def test_arank_awaits_a_scorer_that_can_be_awaited_and_gives_the_ranking_of_rank() -> None:
+    documents = ["a", Document("b", metadata={"date": "old"}), {"text": "c"}]
+    options = {"instruction": "prefer red", "attributes": ["date"], "top_k": 2}
+    seen = []
+
+    async def rank():
+        ranking = await Reranker(Awaited((0.1, 0.2, 0.3), (False, True, False))).arank(
+            "q", documents, progress=lambda done, whole: seen.append(done), **options
+        )
+        return ranking, asyncio.get_running_loop()._default_executor
+
+    ranking, threads = asyncio.run(rank())
+    expected = Reranker(Recording((0.1, 0.2, 0.3), (False, True, False)))
+    assert ranking == expected.rank("q", documents, **options)
+    assert threads is None
+
+
+def test_awaited_scores_are_checked_as_any() -> None:
+    async def rank(scorer: Awaited, *arguments, **options):
+        return await Reranker(scorer).arank(*arguments, **options)
+
+    empty = Awaited()
+    assert len(asyncio.run(rank(empty, "q", []))) == 0
+    assert empty.requests == []
+    for values, error in (((0.5,), "1 scores"), ((0.5, "high"), "no number")):
+        with pytest.raises(ScorerError, match=error):
+            asyncio.run(rank(Awaited(values), "q", ["a", "b"]))
+    for arguments in ((None, ["a"]), ("q", "a")):
+        with pytest.raises(InputError):
+            asyncio.run(rank(Awaited(), *arguments))
+    with pytest.raises(InputError, match="`top_k`"):
+        asyncio.run(rank(Awaited(), "q", ["a"], top_k=0))
+
+
+def test_a_degraded_answer_is_told_in_the_ranking_and_was_not_instructed() -> None:
+    reranker = Reranker(Awaited((0.0, 0.0), degraded="away"))
+    ranking = asyncio.run(reranker.arank("q", ["b", "a"], instruction="prefer a"))
+    assert [result.document.text for result in ranking] == ["b", "a"]
+    assert (ranking.degraded, ranking.instruction_applied) == ("away", "ignored")
+    assert ranking.instruction_fingerprint == Instruction("prefer a").fingerprint
+    assert asyncio.run(reranker.arank("q", ["b", "a"])).instruction_applied is None
 
 
 def test_arank_leaves_the_event_loop_free() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from lanerank.calibration import CALIBRATION_FILE, Calibrator
 from lanerank.contracts import Scorer
 from lanerank.errors import InputError, ModelLoadError
 from lanerank.lanes import LaneBudgets, LaneTokenizer
@@ -43,6 +45,7 @@ _TRANSFORMERS_FILES = (
     *("config.json", "generation_config.json", "chat_template.jinja", "model*.safetensors"),
     *("model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "vocab.json"),
     *("added_tokens.json", "merges.txt", "modules.json", "[0-9]_*/*", LOCAL_CONTRACT),
+    CALIBRATION_FILE,
 )
 _SIZES = (
     "vocab_size",
@@ -71,6 +74,7 @@ def load_scorer(
     trust_remote_code: bool = False,
     tokens_per_batch: int | None = None,
     share_prefix: bool = True,
+    calibrated: bool = True,
 ) -> Scorer:
     """Load a model.
 
@@ -94,6 +98,8 @@ def load_scorer(
         tokens_per_batch: Bounds memory; the scorer's own default if `None`.
         share_prefix: Compute what comes before the documents once per call; turn it off for
             causal models that keep more than keys and values of what they read.
+        calibrated: Calibrate the scores where a `calibration.json` lies beside the weights. Turn
+            it off to fit another, or where `contract` is not the one it was fitted with.
 
     Raises:
         InputError: An option is not known, not present, or not for this kind of model.
@@ -131,8 +137,20 @@ def load_scorer(
     if template is None and (folder / LOCAL_CONTRACT).is_file():
         template = read_contract(folder / LOCAL_CONTRACT)
         _refuse(name, template, options)
+    # Before the weights, which take longer to read. A link to nowhere is no missing file.
+    saved = calibrated and os.path.lexists(folder / CALIBRATION_FILE)
+    calibrator = Calibrator.load(folder) if saved else None
+    scorer: Scorer
     if template is not None:
-        return load_pretrained(folder, template, label, options)
+        scorer = load_pretrained(folder, template, label, options)
+    else:
+        scorer = _load_lane_encoder(folder, name, label, options, precision)
+    return scorer if calibrator is None else calibrator.wrap(scorer)
+
+
+def _load_lane_encoder(
+    folder: Path, name: str, label: str, options: ModelOptions, dtype: torch.dtype | None
+) -> LaneEncoderScorer:
     config = _config(folder, name)
     changed = [
         option
@@ -146,8 +164,9 @@ def load_scorer(
     tokenizer = _tokenizer(folder / "tokenizer.json", config)
     lanes = LaneTokenizer(tokenizer, _budgets(config, folder / "config.json"))
     model = _weights(folder / "model.safetensors", config)
-    limit = {} if tokens_per_batch is None else {"tokens_per_batch": tokens_per_batch}
-    return LaneEncoderScorer(model, lanes, name=label, device=where, dtype=precision, **limit)
+    limit = options.tokens_per_batch
+    batch = {} if limit is None else {"tokens_per_batch": limit}
+    return LaneEncoderScorer(model, lanes, name=label, device=options.device, dtype=dtype, **batch)
 
 
 def _contract(name: str, contract: str | Path | PromptTemplate | None) -> PromptTemplate | None:
@@ -208,7 +227,7 @@ def _folder(
             small = _fetch(name, ["config.json", LOCAL_CONTRACT], revision, local_files_only)
             if not (small / LOCAL_CONTRACT).is_file():
                 _config(small, name)
-                patterns = list(_FILES)
+                patterns = [*_FILES, CALIBRATION_FILE]
         return _fetch(name, patterns, revision, local_files_only)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelLoadError(

@@ -80,17 +80,21 @@ class RankingComparison:
 
     def _repr_html_(self) -> str:
         """A bump chart and a table, for notebooks."""
+        return fragment(*self.html_content())
+
+    def html_content(self) -> list[Element]:
+        """The elements of the chart and the table, for a page that has more than these."""
         colours = _colours(self.documents)
         notes = [", ".join(dict.fromkeys(ranking.model for ranking in self.rankings))]
         if len(self) > MAX_ROWS:
             notes.append(f"the first {MAX_ROWS} of {len(self)} documents")
         chart = [_chart(self, colours)] if len(self.labels) > 1 and self.documents else []
-        return fragment(
+        return [
             element("p", {}, element("b", {}, one_line(self.rankings[0].query, 200))),
             element("p", {"class": "soft"}, one_line("; ".join(notes), 300)),
             *chart,
             element("div", {"class": "compact"}, _table(self, colours)),
-        )
+        ]
 
 
 def compare_rankings(rankings: Mapping[str, Ranking]) -> RankingComparison:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
+from html import escape
 from itertools import accumulate
 from typing import TypeAlias
 from unicodedata import east_asian_width
@@ -49,6 +50,7 @@ _STYLE = """
 .lanerank svg { display: block; font: 12px system-ui, sans-serif; fill: currentColor; }
 .lanerank svg .heading { font-weight: 600; text-anchor: middle; }
 .lanerank svg .before { text-anchor: end; }
+.lanerank svg .middle { text-anchor: middle; }
 .lanerank svg .guide { stroke: currentColor; stroke-opacity: .2; }
 .lanerank svg .document path { fill: none; stroke-width: 3; stroke-linecap: round; }
 .lanerank svg .document .out { stroke-dasharray: 0 7; }
@@ -57,6 +59,18 @@ _STYLE = """
 .lanerank svg .named .rank { fill: #000; }
 .lanerank svg .other path { stroke-width: 1.5; stroke-opacity: .5; }
 .lanerank svg .other circle { fill-opacity: .25; stroke: none; }
+.lanerank.page { max-width: 1080px; margin: 0 auto; padding: 24px 20px 60px; font-size: 14px; }
+.lanerank.page .words { max-width: 48em; }
+.lanerank.page td.name { min-width: 11em; }
+.lanerank.page td.number { white-space: normal; }
+.lanerank.page .bounds { display: block; white-space: nowrap; }
+.lanerank.page th.text { vertical-align: top; }
+.lanerank.page .compact { margin-bottom: 28px; }
+.lanerank.page h2 { margin: 36px 0 8px; }
+.lanerank.page h3 { margin: 24px 0 8px; }
+.lanerank.page details { margin-top: 36px; }
+.lanerank .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr));
+  gap: 12px; margin-bottom: 12px; }
 .lanerank svg:has(.document:hover) .document:not(:hover) { opacity: .15; }
 """
 
@@ -149,6 +163,21 @@ def table(headings: Sequence[Element], rows: Iterable[Sequence[Element]]) -> Ele
         element("thead", {}, element("tr", {}, *headings)),
         element("tbody", {}, *body),
     )
+
+
+def page(title: str, *content: Content) -> str:
+    """A whole page with the content; it runs no script and fetches nothing, and says so."""
+    head = (
+        '<head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "style-src 'unsafe-inline'\">"
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(one_line(title, 120))}</title></head>"
+    )
+    body = element("div", {"class": "lanerank page"}, element("style", {}, _STYLE), *content)
+    text = ElementTree.tostring(body, encoding="unicode", short_empty_elements=False)
+    return f'<!doctype html>\n<html lang="en">{head}<body>{text}</body></html>\n'
 
 
 def fragment(*content: Content) -> str:

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 
 import ir_measures
@@ -445,7 +446,9 @@ class TestJudgedQuery:
             (("q", ["x"]), {"instruction": 7}, "`instruction` must be"),
             (("q", ["x"]), {"instruction_aware": "yes"}, "`instruction_aware` of query 'q'"),
             (("q", ["x"]), {"attributes": "date"}, "`attributes` must be a list"),
-            (("q", ["x"]), {"id": 7}, "`id` of query 7"),
+            (("q", ["x"]), {"id": 7}, "`id` of query 'q' must be a str"),
+            (("\ud800", ["x"]), {}, "without lone surrogates"),
+            (("q", [Document("x", id="\ud800")]), {}, "an id must be a str without lone"),
         ],
     )
     def test_unusable_input_is_named(self, arguments, options, message):
@@ -630,13 +633,24 @@ class TestCompare:
             [("x", "n: 1"), ("y", "")],
         ]
 
+    def test_texts_that_are_no_unicode_do_not_stop_a_report(self):
+        model = pseudo_random()
+        queries = [
+            JudgedQuery("\ud800", ["\udfff", "b", "c"], instruction="\ud800", id=f"q{i}")
+            for i in range(3)
+        ]
+        comparison = compare(System(model, "\udfff x"), System(model, label="\ud800"), queries)
+        assert Comparison.model_validate_json(comparison.model_dump_json())
+        assert comparison.examples[0]._repr_html_().encode()
+
     def test_a_label_can_be_chosen(self):
         model = pseudo_random()
         comparison = compare(
             System(model, None, label="plain"), System(model, label="steered"), make_queries(3)
         )
         assert (comparison.a.label, comparison.b.label) == ("plain", "steered")
-        assert comparison.examples[0].labels == ("plain", "steered")
+        assert comparison.examples[0].labels[0] == "plain"
+        assert comparison.examples[0].labels[1].startswith("steered: want ")
 
     def test_a_scope_around_the_comparison_does_not_reach_in(self):
         model = pseudo_random()
@@ -806,7 +820,9 @@ class TestCompare:
         ]
         values = [each.rbo for each in comparison.per_query]
         assert values == sorted(values)
-        assert comparison.examples[0].labels == ("no instruction", "own instructions")
+        plain, own = comparison.examples[0].labels
+        assert plain == "no instruction"
+        assert re.fullmatch(r"own instructions: i\d", own)
         html = comparison.examples[0]._repr_html_()
         assert "<script" not in html
         assert "\u202e" not in html
@@ -942,6 +958,8 @@ class TestCompareRuns:
         [
             (("run.txt", RUN_B), "`run_a` must map .* got 'run.txt'; read a file with read_run"),
             ((RUN_A, {"1": ["x"]}), "`run_b` must map"),
+            ((RUN_A, {1: {"x": 1.0}}), "`run_b`: a query id must be a str .* got 1"),
+            ((RUN_A, {"1": {"\ud800": 1.0}}), "a document id must be a str without lone"),
             ((RUN_A, RUN_B, "qrels.txt"), "`qrels` must map .* read_qrels"),
             ((RUN_A, {"1": {"x": "first"}}), "`run_b` has a score that is no number"),
             ((RUN_A, {"1": {"x": None}}), "`run_b` has a score that is no number"),

@@ -7,8 +7,10 @@ from datetime import date
 
 import pytest
 
+from lanerank import Reranker, use_instruction
 from lanerank.errors import InputError, ScorerError
 from lanerank.evaluation import EvaluationReport, Scenario, evaluate
+from lanerank.testing import OverlapScorer
 
 
 class StubScorer:
@@ -411,3 +413,11 @@ def test_a_missing_extra_says_how_to_install_it(absent):
 def test_evaluation_does_not_import_torch():
     code = "import sys, lanerank.evaluation; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_without_an_instruction_means_without_that_of_a_scope():
+    scenarios = [make()]
+    reranker = Reranker(OverlapScorer())
+    with use_instruction("alpha beta gamma delta"):
+        inside = evaluate(reranker, scenarios)
+    assert inside == evaluate(reranker, scenarios)

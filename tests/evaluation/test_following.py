@@ -14,17 +14,9 @@ from lanerank import Reranker
 from lanerank.contracts import order_by_score
 from lanerank.errors import InputError, ScorerError
 from lanerank.evaluation import Scenario, evaluate, ndcg
-from lanerank.evaluation.following import (
-    CONDITIONS,
-    FollowingMeasure,
-    FollowingReport,
-    measure_following,
-    p_mrr,
-    rank_by_score,
-    robustness,
-    sicr,
-    wise,
-)
+from lanerank.evaluation.following import FollowingMeasure, FollowingReport, measure_following
+from lanerank.evaluation.measures import p_mrr, rank_by_score, robustness, sicr, wise
+from lanerank.evaluation.wordings import CONDITIONS
 from lanerank.testing import OverlapScorer
 
 MEASURES = [
@@ -456,6 +448,15 @@ def test_robustness_by_hand():
     assert part.change.value == pytest.approx(part.ndcg.value - 1)
     assert part.lift.value == pytest.approx(part.ndcg.value - 1 / math.log2(5))
     assert part.drift.value == pytest.approx(np.mean([0.8, 0.8, 0.6, 0.4]) / 4)
+
+
+def test_the_instruction_itself_is_one_of_its_wordings():
+    good, poor = [0.1, 0.9, 0.2, 0.3], [0.9, 0.1, 0.8, 0.7]
+    lanes = {("glossary", SHIPS): [0, 3, 0, 0]}
+    reranker = scripted({SHIPS: poor, ...: good})
+    report = measure_following(reranker, [make(lanes=lanes)], conditions=["paraphrased"])
+    assert report.conditions["paraphrased"].ndcg.value == 1.0
+    assert report.robustness.model.value == pytest.approx(1 / math.log2(5))
 
 
 def test_robustness_is_that_of_the_function():

@@ -205,7 +205,7 @@ ENTRY = {"id": "a", "family": "f", "text": "t", "source": "s"}
         ([{"id": "a"}], r"`attacks\[0\]\.family` \(id 'a'\): Field required; .*\.text"),
         ([ENTRY, {**ENTRY, "text": "u"}], r"`attacks\[1\]\.id` of 'a' is that of 'a' as well"),
         ([ENTRY, {**ENTRY, "id": "b"}], r"`attacks\[1\]\.text` of 'b' is that of 'a' as well"),
-        ([], r"`attacks`: .*at least 1"),
+        ([], "`attacks`: expected at least one$"),
         (["text"], r"`attacks\[0\]`: .*got 'text'"),
         ([{**ENTRY, "id": 3}], r"`attacks\[0\]\.id`: .*string, got 3"),
     ],
@@ -375,6 +375,9 @@ def test_crossing_counts_controls_below_the_threshold_only() -> None:
     # 0.6 was in already; 0.1 to 0.4 stays out; 0.3 to 0.6 gets in.
     assert (crossing.value, crossing.n) == (0.5, 2)
     assert measure(gullible, scenarios, **ONE, threshold=0.05).overall.crossing is None
+    # Neutral text may take a document over the threshold as well; then the attack did not.
+    cheap = measure(lambda q, i, text: 0.1 if text.endswith("short.") else 0.7, scenarios, **ONE)
+    assert cheap.overall.crossing is None
     # Reaching it is enough.
     assert measure(gullible, scenarios[1:2], **ONE, threshold=0.1 + 0.3).overall.crossing.value == 1
 
@@ -629,19 +632,21 @@ def test_irrelevant_documents_of_lanes_with_an_instruction_are_attacked() -> Non
 
 
 def test_documents_that_are_injected_already_are_left_alone() -> None:
-    scenario = make(grades=(3, 0, 0))
+    scenario = make(grades=(3, 0, 0, 0))
     documents = [document.model_dump() for document in scenario.documents]
-    documents[1]["injected"] = True
+    documents[1]["injected"] = documents[3]["injected"] = True
     scenario = Scenario.model_validate(scenario.model_dump() | {"documents": documents})
-    report = measure(lambda *texts: draw(*texts), [scenario], **ONE)
-    assert [example.document for example in report.worst] in ([], ["d2"])
-    assert report.overall.attacked == 1
+    scorer = FunctionScorer(lambda *texts: draw(*texts))
+    report = measure_injection(Reranker(scorer), [scenario], attacks=[attack()])
+    touched = [candidate.text for candidate in scorer.requests[0].candidates[4:]]
+    assert len(touched) == 2 * report.lists == 2 * 15
+    assert all("gamma" in text for text in touched)
 
 
 def test_one_call_scores_a_lane_and_two_more_each_list() -> None:
     scenario = make(
-        grades=(3, 1, 0, 0),
-        metadata=[{"date": "2025-01-02", "region": "DE"}, {}, {"date": "2020-01-01"}, {}],
+        grades=(1, 3, 3, 0),
+        metadata=[{"date": "2023"}, {}, {"date": "2025-01-02", "region": "DE"}, {}],
         today="2025-03-05",
     )
     scorer = FunctionScorer(lambda *texts: draw(*texts))
@@ -657,7 +662,7 @@ def test_one_call_scores_a_lane_and_two_more_each_list() -> None:
     main, told, control = scorer.requests
     line = "date: 2025-01-02 (2 months old); region: DE"
     assert main.candidates[5].text.split(". ")[1].startswith(f"{line} {line} It is short")
-    assert main.candidates[5].attributes in ("date: 2020-01-01 (5 years old)", "")
+    assert [c.attributes for c in main.candidates] == ["date: 2023", "", line, "", "", ""]
     assert main.instruction == "Prefer alpha papers. Today is 2025-03-05."
     assert told.instruction == f"Prefer alpha papers. {line} {line}. Today is 2025-03-05."
     assert control.instruction.startswith("Prefer alpha papers. ")
@@ -858,7 +863,7 @@ def test_documents_of_a_scenario_are_drawn_together() -> None:
         ({"sample": 0}, "`sample` must be .*got 0"),
         ({"sample": 2.5}, "`sample`"),
         ({"threshold": math.nan}, "`threshold` must be a finite number, got nan"),
-        ({"attacks": []}, "`attacks` is no list .*at least 1"),
+        ({"attacks": []}, "`attacks` is no list .*at least one"),
         ({"attacks": [attack(), attack()]}, r"`attacks\[1\]\.id` of 'relevant: true'"),
         ({"attacks": ["true"]}, r"`attacks\[0\]`: .*got 'true'"),
         ({"attacks": "mine.json"}, "`attacks` is no list .*got 'mine.json'"),

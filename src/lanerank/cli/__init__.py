@@ -11,10 +11,21 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from lanerank.cli.bulk import rank_dataset
 from lanerank.cli.console import err, out
-from lanerank.cli.evaluation import evaluate
+from lanerank.cli.evaluation import (
+    calibration,
+    check,
+    compare,
+    evaluate,
+    following,
+    injection,
+    report,
+    snapshot,
+)
 from lanerank.cli.models import models_app
 from lanerank.cli.ranking import demo, rank
+from lanerank.cli.serve import serve
 from lanerank.errors import LanerankError
 
 app = typer.Typer(
@@ -25,7 +36,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (rank, demo, evaluate):
+measuring = (evaluate, compare, following, calibration, injection, report, snapshot, check)
+for command in (rank, rank_dataset, demo, *measuring, serve):
     app.command()(command)
 app.add_typer(models_app, name="models")
 
@@ -49,9 +61,7 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR)
     try:
         app()
-    except LanerankError as error:
-        err.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+    except (LanerankError, OSError) as error:
+        message = "; ".join([str(error), *getattr(error, "__notes__", ())])
+        err.print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True, highlight=False)
         sys.exit(2)
-    except OSError as error:
-        err.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(1)

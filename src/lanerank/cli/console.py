@@ -36,14 +36,19 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a 
 
 @contextmanager
 def progress_bar(label: str, total: int, *, at_least: int = _PROGRESS_FROM) -> Iterator[Any]:
-    """A bar on standard error for long work; gives a callback `(done, total)`, or None."""
+    """A bar on standard error for long work.
+
+    Gives a callback `(done, total)`, which takes a new label too, or None if the work is short.
+    """
     if total < at_least:
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda done, whole: bar.update(task, completed=done, total=whole)
+        yield lambda done, whole, name=label: bar.update(
+            task, completed=done, total=whole, description=name
+        )
 
 
 def print_json(value: object) -> None:

@@ -30,22 +30,22 @@ try:
     from lanerank.evaluation.compare import Comparison, compare, compare_runs
     from lanerank.evaluation.drift import DriftReport, check_snapshot
     from lanerank.evaluation.evaluate import EvaluationReport, KindReport, evaluate
-    from lanerank.evaluation.following import (
-        CONDITIONS,
-        Condition,
-        FollowingReport,
-        measure_following,
+    from lanerank.evaluation.following import FollowingReport, measure_following
+    from lanerank.evaluation.injection import InjectionReport, measure_injection
+    from lanerank.evaluation.measures import (
+        Estimate,
+        bootstrap_interval,
+        flip_outcomes,
+        ndcg,
         p_mrr,
         rank_by_score,
         robustness,
         sicr,
         wise,
     )
-    from lanerank.evaluation.injection import InjectionReport, measure_injection
-    from lanerank.evaluation.measures import Estimate, bootstrap_interval, flip_outcomes, ndcg
     from lanerank.evaluation.queries import JudgedQuery, queries_from_scenarios
     from lanerank.evaluation.report import REPORT_PARTS, Report, ReportPart, make_report
-    from lanerank.evaluation.runs import DEFAULT_MEASURES, rank_biased_overlap
+    from lanerank.evaluation.runs import DEFAULT_MEASURES, measure_label, rank_biased_overlap
     from lanerank.evaluation.scenarios import (
         INSTRUCTED_KINDS,
         LANE_KINDS,
@@ -60,6 +60,7 @@ try:
     from lanerank.evaluation.snapshot import Snapshot, take_snapshot
     from lanerank.evaluation.systems import OWN, System
     from lanerank.evaluation.trec import Topic, read_qrels, read_run, read_topics, read_trec
+    from lanerank.evaluation.wordings import CONDITIONS, Condition
 except ModuleNotFoundError as error:
     missing = [name for name in ("ir_measures", "scipy") if find_spec(name) is None]
     if not missing:
@@ -119,6 +120,7 @@ __all__ = [
     "measure_calibration",
     "measure_following",
     "measure_injection",
+    "measure_label",
     "ndcg",
     "p_mrr",
     "queries_from_scenarios",

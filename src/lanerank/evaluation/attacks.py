@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self, TypeVar, get_args
 
 import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
-    Field,
     StrictStr,
     ValidationError,
     model_validator,
@@ -37,6 +36,7 @@ POSITIONS: tuple[Position, ...] = get_args(Position)
 Disguise = Literal["homoglyphs", "full_width", "zero_width"]
 """Characters that look like those of the text, or that nobody sees, to pass by a filter."""
 
+_T = TypeVar("_T")
 _NEAREST_CONTROLS = 5
 _WORD = re.compile(r"\w+")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -50,6 +50,12 @@ def _not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("expected some text")
     return text
+
+
+def _not_empty(items: tuple[_T, ...]) -> tuple[_T, ...]:
+    if not items:
+        raise ValueError("expected at least one")
+    return items
 
 
 _Text = Annotated[StrictStr, AfterValidator(_not_blank)]
@@ -70,7 +76,7 @@ class Attack(BaseModel):
     (`date: 2025-01-15; region: DE`). Other braces are plain text."""
     disguise: Disguise | None = None
     """How the text is disguised once the placeholders are filled in."""
-    positions: Annotated[tuple[Position, ...], Field(min_length=1)] = POSITIONS
+    positions: Annotated[tuple[Position, ...], AfterValidator(_not_empty)] = POSITIONS
     """Where it makes sense."""
     source: _Text
     """Where the wording or the idea comes from."""
@@ -108,7 +114,7 @@ class AttackSuite(BaseModel):
 
     version: Literal[1]
     """The version of the format."""
-    attacks: Annotated[tuple[Attack, ...], Field(min_length=1)]
+    attacks: Annotated[tuple[Attack, ...], AfterValidator(_not_empty)]
     neutral: tuple[_Text, ...] = ()
     """Sentences that are relevant to no query, in the language of the documents; empty is the
     English prose that comes with lanerank. Ordered from short words to long ones they give controls

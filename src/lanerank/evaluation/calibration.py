@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
+from lanerank.display import fragment
 from lanerank.errors import InputError
 from lanerank.evaluation.measures import (
     CONFIDENCE,
@@ -27,6 +28,7 @@ from lanerank.evaluation.measures import (
 )
 from lanerank.evaluation.scenarios import LANE_KINDS, RELEVANT_GRADE, LaneKind, Scenario
 from lanerank.evaluation.scoring import SupportsScore, score_scenario
+from lanerank.evaluation.sections import calibration_section
 from lanerank.evaluation.sorted_pairs import SortedPairs, counted_interval
 from lanerank.instruction import Instruction
 
@@ -127,6 +129,10 @@ class CalibrationReport(BaseModel):
     """The highest best threshold of a kind less the lowest; `n` is the number of kinds that have
     one, and with fewer than two there is no spread. Above 0 also by chance: the fewer pairs a kind
     has, the less its best threshold is settled."""
+
+    def _repr_html_(self) -> str:
+        """Pictures and tables, for notebooks."""
+        return fragment(*calibration_section(self))
 
     def rows(self) -> list[tuple[str, Estimate]]:
         """Every estimate there is with its name, for tables: `ece`, `recency/threshold`."""

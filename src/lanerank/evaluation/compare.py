@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy import stats
 
 from lanerank.comparison import RankingComparison, compare_rankings
+from lanerank.display import fragment, one_line
 from lanerank.errors import InputError
 from lanerank.evaluation.measures import Estimate, bootstrap_interval, describe_interval
 from lanerank.evaluation.queries import JudgedQuery
@@ -22,12 +23,14 @@ from lanerank.evaluation.runs import (
     DEFAULT_MEASURES,
     Qrels,
     Run,
+    check_id,
     checked_grades,
     measure_run,
     order_documents,
     parse_measures,
     rank_biased_overlap,
 )
+from lanerank.evaluation.sections import comparison_section
 from lanerank.evaluation.significance import (
     describe_test,
     holm,
@@ -172,6 +175,10 @@ class Comparison(_Report):
     """The queries that changed most with their texts, to look at; not part of the JSON form. Only
     `compare` has the texts."""
 
+    def _repr_html_(self) -> str:
+        """Pictures and tables, for notebooks."""
+        return fragment(*comparison_section(self))
+
     def groups(self) -> list[tuple[str, GroupComparison]]:
         """The groups there are with their names, for tables."""
         named = (
@@ -254,7 +261,7 @@ def compare(
             "examples": tuple(
                 compare_rankings(
                     {
-                        label: ranking_of(system, query, run[query.id])
+                        _describe(label, system, query): ranking_of(system, query, run[query.id])
                         for label, system, run in zip(labels, (a, b), (run_a, run_b), strict=True)
                     }
                 )
@@ -262,6 +269,13 @@ def compare(
             ),
         }
     )
+
+
+def _describe(label: str, system: System, query: JudgedQuery) -> str:
+    """A label and, where a query is asked with an instruction, the beginning of it."""
+    instruction = system.instruction_for(query.instruction)
+    words = one_line(instruction.render(), 48) if instruction else ""
+    return f"{label}: {words}" if words and words != label else label
 
 
 def compare_runs(
@@ -494,7 +508,7 @@ def _summarise(
     answered = {query: grades for query, grades in qrels.items() if rankings[query]}
     judged = measure_run(_JUDGED, answered, rankings)
     return SystemSummary(
-        label=label,
+        label=one_line(label, 60),
         model=model,
         missing=sum(not order for order in rankings.values()),
         non_finite=sum(
@@ -521,10 +535,15 @@ def _entries(name: str, given: object) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _checked_run(name: str, run: Run) -> dict[str, dict[str, float]]:
+    entries = _entries(name, run)
+    for query, scores in entries:
+        check_id(f"`{name}`: a query id", query)
+        for document in scores:
+            check_id(f"`{name}[{query!r}]`: a document id", document)
     try:
         return {
             query: {document: float(score) for document, score in scores.items()}
-            for query, scores in _entries(name, run)
+            for query, scores in entries
         }
     except (TypeError, ValueError) as error:
         raise InputError(f"`{name}` has a score that is no number: {error}") from error

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
-import reprlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
-from lanerank.contracts import order_by_score
+from lanerank.display import fragment
 from lanerank.errors import InputError
 from lanerank.evaluation.measures import (
     CONFIDENCE,
@@ -23,237 +20,22 @@ from lanerank.evaluation.measures import (
     Estimate,
     FloatArray,
     IntArray,
-    codes,
     describe_interval,
     estimate_mean,
     flip_outcomes,
     ndcg,
+    p_mrr,
+    rank_by_score,
+    sicr,
+    wise,
 )
 from lanerank.evaluation.scenarios import INSTRUCTED_KINDS, RELEVANT_GRADE, LaneKind, Scenario
 from lanerank.evaluation.scoring import SupportsScore, score_scenario
+from lanerank.evaluation.sections import following_section
+from lanerank.evaluation.wordings import CONDITIONS, Condition, Wording, Wordings
 from lanerank.instruction import Instruction
 
-Condition = Literal["withheld", "matched", "irrelevant", "negated", "long", "paraphrased"]
-"""What stands in the place of a lane's instruction: nothing, itself, the instruction of a scenario
-of another domain, its opposite, itself amid boilerplate, itself in other words."""
-
-CONDITIONS: tuple[Condition, ...] = get_args(Condition)
-"""Every condition, in the order of reports."""
-
 RANDOM_SCORERS = 20
-
-# A reward for documents deep in a long list, from the reference code of InfoSearch.
-_WISE_DEPTH = 20
-_WISE_DEEP_REWARD = 0.01
-
-_PREFIXES = {
-    "please_note": "Please note: ",
-    "context": "Context for this search: ",
-    "in_mind": "Rank the results with this in mind. ",
-}
-_SUFFIXES = {"take_into_account": "Please take this into account."}
-_SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
-
-_NEGATION = "Leave out every document that fits the following, and keep the rest: "
-
-# Some 400 tokens of English, of which the lane encoder reads 512. One token is about five
-# characters of it, while a character of another script can be a token of its own.
-_LONG_SIZE = 2_000
-_BOILERPLATE = (
-    "This service is provided by the group's central office.",
-    "It is available on every day of the year, apart from announced maintenance.",
-    "Maintenance is announced at least five working days ahead.",
-    "By using the service you accept the terms that were sent to you when your account was opened.",
-    "Accounts are personal and must not be shared with colleagues.",
-    "Passwords are changed every ninety days, and nobody will ever ask you for yours.",
-    "Sessions end by themselves after thirty minutes without activity.",
-    "Requests are logged so that faults can be traced, and the logs are deleted after four weeks.",
-    "We thank all departments for their patience during the move to the new platform.",
-    "The look of the pages may differ slightly between browsers.",
-    "If a page does not load, wait a moment and try again before you report a fault.",
-    "Faults are reported with the form that is linked at the bottom of each page.",
-    "Please give your telephone extension so that we can call you back.",
-    "The office answers most messages within one working day.",
-    "Suggestions for improvement are welcome and are discussed once a month.",
-    "A short introduction for new colleagues takes place on the first Monday of each month.",
-    "Places are limited, and a line manager has to agree.",
-    "The canteen, the post room and the parking lot are run by the building's owner.",
-    "Visitors sign in at the reception desk and wear a badge.",
-    "Printing is charged to the cost centre that is entered in your profile.",
-    "Changes of name or cost centre take effect on the following day.",
-    "Lost property is kept at the reception desk for six months.",
-    "Meeting rooms are booked in the calendar and released if nobody turns up within ten minutes.",
-    "The wording of this notice has been agreed with the works council.",
-    "An earlier notice with the same title is hereby replaced.",
-    "This notice is reviewed once a year and carries no signature.",
-)
-
-
-def rank_by_score(scores: ArrayLike) -> IntArray:
-    """The rank of each document in the order in which a user would see them.
-
-    Args:
-        scores: One score for each document.
-
-    Returns:
-        Ranks from 1, in the order of the input. Ties keep input order, and scores that are not
-        finite come last, so that equal scores never tell two rankings apart.
-    """
-    values = np.asarray(scores, dtype=float)
-    order = order_by_score(tuple(values.tolist()))
-    ranks = np.empty(values.size, dtype=np.int64)
-    ranks[order] = np.arange(1, values.size + 1)
-    return ranks
-
-
-def p_mrr(ranks_original: ArrayLike, ranks_changed: ArrayLike) -> float:
-    """How far documents fall that a change of the instruction made irrelevant.
-
-    For a document at rank `o` under the original and `c` under the changed instruction, `1 - o/c`
-    where it fell (`c > o`) and `c/o - 1` where it did not; the mean over documents (Weller et al.,
-    FollowIR, NAACL 2025, arXiv 2403.15246). Published values are 100 times these.
-
-    Args:
-        ranks_original: Ranks from 1 of the documents that are relevant under the original
-            instruction and not under the changed one, for instance from `rank_by_score`.
-        ranks_changed: Ranks of the same documents under the changed instruction.
-
-    Returns:
-        A value in (-1, 1): above 0 where they fall, as they should; exactly 0 for a model that
-        ignores instructions. Swapping the arguments changes the sign.
-
-    Raises:
-        InputError: If there are no documents, or a rank is not an integer from 1.
-    """
-    before, after = _as_ranks(ranks_original=ranks_original, ranks_changed=ranks_changed)
-    return float(np.where(before >= after, after / before - 1, 1 - before / after).mean())
-
-
-def sicr(
-    scores_original: ArrayLike,
-    scores_instructed: ArrayLike,
-    scores_reversed: ArrayLike,
-    gold: ArrayLike,
-) -> float:
-    """The share of gold documents that rise with an instruction and fall with its reverse.
-
-    A gold document counts if its rank and its score both rise from the original to the instructed
-    run and both fall from the original to the reversed run. Where it is first already, it has to
-    stay first with no lower score, and to fall in the reversed run (strict instruction compliance
-    ratio, SICR; Zhou et al., InfoSearch, ICLR 2025, arXiv 2410.23841).
-
-    Args:
-        scores_original: The score of every document of a query without an instruction.
-        scores_instructed: Their scores under the instruction.
-        scores_reversed: Their scores under an instruction to the contrary.
-        gold: Whether each document is what the instruction asks for; at least one is.
-
-    Returns:
-        A value in [0, 1]; 0 for a model that ignores instructions. Scores that are NaN count as
-        wrong.
-
-    Raises:
-        InputError: If there is no gold document, or the lengths differ.
-    """
-    runs = [np.asarray(run, float) for run in (scores_original, scores_instructed, scores_reversed)]
-    chosen = np.asarray(gold)
-    # Not converted: the positions of the gold documents would become a mask without a word.
-    if chosen.dtype != bool or not chosen.any() or any(run.shape != (chosen.size,) for run in runs):
-        raise InputError(
-            f"`gold` must hold True or False for each score, and True at least once; got "
-            f"{reprlib.repr(gold)}, and scores of shapes {[run.shape for run in runs]}"
-        )
-    before, under, against = (run[chosen] for run in runs)
-    o, i, r = (rank_by_score(run)[chosen] for run in runs)
-    rises = np.where(o == 1, (i == 1) & (under >= before), (i < o) & (under > before))
-    return float((rises & (r > o) & (before > against)).mean())
-
-
-def wise(
-    ranks_original: ArrayLike,
-    ranks_instructed: ArrayLike,
-    ranks_reversed: ArrayLike,
-    *,
-    candidates: int,
-) -> float:
-    """How well ranks follow an instruction and its reverse, with partial credit and penalties.
-
-    For each gold document with ranks `o`, `i` and `r` in the original, the instructed and the
-    reversed run, the first that applies of
-
-    - `i <= o < r`, as it should be: 1 if `i = 1` and `o < candidates`, else
-      `(1 - sqrt(o - i) / 20) / sqrt(i)` if `o <= 20`, else 0.01;
-    - `r < o < i`, all wrong: -1;
-    - `o <= i`: `(o - i) / i`;
-    - `r <= o`: `(r - o) / o`,
-
-    and the mean over documents (weighted instruction sensitivity evaluation, WISE; Zhou et al.,
-    InfoSearch, ICLR 2025, arXiv 2410.23841, in the form of its released code).
-
-    Args:
-        ranks_original: Ranks from 1 of the gold documents without an instruction.
-        ranks_instructed: Their ranks under the instruction.
-        ranks_reversed: Their ranks under an instruction to the contrary.
-        candidates: The number of documents that fit the query, gold or not.
-
-    Returns:
-        A value in [-1, 1]; 0 for a model that ignores instructions. Only one document can be
-        first, so that the best possible value is below 1 where there are several gold documents.
-
-    Raises:
-        InputError: If there are no documents, a rank is not an integer from 1, or `candidates` is
-            below 1.
-    """
-    o, i, r = _as_ranks(
-        ranks_original=ranks_original,
-        ranks_instructed=ranks_instructed,
-        ranks_reversed=ranks_reversed,
-    )
-    if candidates < 1:
-        raise InputError(f"`candidates` must be at least 1, got {candidates!r}")
-    followed = (i <= o) & (o < r)
-    partial = (1 - np.sqrt(np.maximum(o - i, 0)) / _WISE_DEPTH) / np.sqrt(i)
-    cases: list[tuple[BoolArray, float | FloatArray]] = [
-        (followed & (i == 1) & (o < candidates), 1.0),
-        (followed & (o <= _WISE_DEPTH), partial),
-        (followed, _WISE_DEEP_REWARD),
-        ((r < o) & (o < i), -1.0),
-        (o <= i, (o - i) / i),
-        (r <= o, (r - o) / o),
-    ]
-    applies, values = zip(*cases, strict=True)
-    return float(np.select(list(applies), list(values)).mean())
-
-
-def robustness(values: ArrayLike, groups: ArrayLike) -> float:
-    """The mean over groups of the worst value in each group.
-
-    With nDCG@k values and one group for each query, whose members are wordings of its instruction,
-    this is the Robustness@k of InstructIR (Oh et al., arXiv 2402.14334).
-
-    Args:
-        values: For instance from `ndcg`; NaN stands for what has no value and is left out.
-        groups: The group of each value, any labels.
-
-    Returns:
-        A value in the range of the values, never above their mean over groups; NaN where all are.
-
-    Raises:
-        InputError: If there are no values, or not one group for each.
-    """
-    terms, labels = np.asarray(values, dtype=float), np.asarray(groups)
-    if terms.ndim != 1 or terms.size == 0 or labels.shape != terms.shape:
-        raise InputError(
-            f"`values` and `groups` must be of the same length, at least 1; got shapes "
-            f"{terms.shape} and {labels.shape}"
-        )
-    kept = ~np.isnan(terms)
-    if not kept.any():
-        return float("nan")
-    members = codes(labels[kept])
-    worst = np.full(int(members.max()) + 1, np.inf)
-    np.minimum.at(worst, members, terms[kept])
-    return float(worst.mean())
 
 
 class FollowingMeasure(BaseModel):
@@ -360,6 +142,15 @@ class FollowingReport(BaseModel):
     conditions: Mapping[Condition, ConditionReport]
     """By condition, for those that were run."""
 
+    def measures(self) -> list[tuple[str, FollowingMeasure]]:
+        """The measures there are that have a noise floor and a ceiling, with their names."""
+        fields = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return [(name, value) for name, value in fields if isinstance(value, FollowingMeasure)]
+
+    def _repr_html_(self) -> str:
+        """Pictures and tables, for notebooks."""
+        return fragment(*following_section(self))
+
     def rows(self) -> list[tuple[str, Estimate]]:
         """Every estimate there is with its name, for tables: `p_mrr/random`, `long/ndcg`."""
         return _named_estimates(self, "")
@@ -417,7 +208,7 @@ def measure_following(
         raise InputError("`scenarios` is empty; give at least one, for example from read_scenarios")
     if type(seed) is not int or seed < 0:
         raise InputError(f"`seed` must be an integer from 0, got {seed!r}")
-    wording = _Wording(scenarios, conditions, paraphrases or {}, negations or {}, seed)
+    wording = Wording(scenarios, conditions, paraphrases or {}, negations or {}, seed)
     cases = [_Case(number, scenario, wording) for number, scenario in enumerate(scenarios)]
     tables: list[_Table] = []
     for case in cases:
@@ -460,100 +251,6 @@ def measure_following(
     )
 
 
-class _Wording:
-    """The texts that stand in the place of an instruction."""
-
-    def __init__(
-        self,
-        scenarios: Sequence[Scenario],
-        conditions: Collection[Condition],
-        paraphrases: Mapping[str, Sequence[str]],
-        negations: Mapping[str, str],
-        seed: int,
-    ) -> None:
-        unknown = {conditions} if isinstance(conditions, str) else {*conditions} - {*CONDITIONS}
-        if unknown:
-            raise InputError(
-                f"`conditions` must be a list of {', '.join(map(repr, CONDITIONS))}; got "
-                f"{reprlib.repr(conditions)}"
-            )
-        wanted = {"withheld", "matched", *conditions}
-        self.conditions = tuple(condition for condition in CONDITIONS if condition in wanted)
-        self._instructions = [
-            (scenario.domain, lane.instruction)
-            for scenario in scenarios
-            for lane in scenario.lanes
-            if lane.instruction and lane.kind in INSTRUCTED_KINDS
-        ]
-        self._paraphrases = self._supplied("paraphrases", "paraphrased", paraphrases)
-        opposites = {text: [opposite] for text, opposite in negations.items()}
-        self._negations = self._supplied("negations", "negated", opposites)
-        self._rng = np.random.default_rng(seed)
-
-    def _supplied(
-        self, name: str, condition: Condition, given: Mapping[str, Sequence[str]]
-    ) -> Mapping[str, Sequence[str]]:
-        if given and condition not in self.conditions:
-            raise InputError(f"`{name}` needs {condition!r} among the `conditions`")
-        known = {text for _, text in self._instructions}
-        for text, others in given.items():
-            if text not in known:
-                raise InputError(
-                    f"`{name}`: no instructed lane has the instruction {reprlib.repr(text)}; give "
-                    "its text exactly as in the scenarios"
-                )
-            if isinstance(others, str) or not all(isinstance(t, str) and t.strip() for t in others):
-                raise InputError(
-                    f"`{name}`: expected texts that are not blank, got {reprlib.repr(others)} for "
-                    f"{reprlib.repr(text)}"
-                )
-        return given
-
-    def foreign(self, domain: str) -> str | None:
-        """The instruction of a scenario of another domain, if there is one."""
-        others = [text for other, text in self._instructions if other != domain]
-        return others[self._rng.integers(len(others))] if others else None
-
-    def of(self, text: str, foreign: str | None) -> _Wordings:
-        """The texts in the place of one instruction, `withheld` and `matched` first."""
-        supplied = enumerate(self._paraphrases.get(text, ()), start=1)
-        texts: dict[Condition, Mapping[str, str | None]] = {
-            "withheld": {"": None},
-            "matched": {"": text},
-            "irrelevant": {"": foreign} if foreign else {},
-            "negated": {"": self._negations.get(text, [_NEGATION + text])[0]},
-            "long": _lengthened(text),
-            "paraphrased": _reworded(text) | {f"supplied_{i}": other for i, other in supplied},
-        }
-        return {
-            (condition, name): wording
-            for condition in self.conditions
-            for name, wording in texts[condition].items()
-        }
-
-
-def _reworded(text: str) -> dict[str, str | None]:
-    wordings: dict[str, str | None] = {name: prefix + text for name, prefix in _PREFIXES.items()}
-    for name, suffix in _SUFFIXES.items():
-        wordings[name] = (Instruction(text) + suffix).render()
-    first, *rest = _SENTENCE_BREAK.split(text.strip())
-    if rest:
-        wordings["rotated"] = (Instruction(" ".join(rest)) + first).render()
-    return wordings
-
-
-def _lengthened(text: str) -> dict[str, str | None]:
-    room = _LONG_SIZE - sum(1 if letter.isascii() else 5 for letter in text)
-    lengths = np.cumsum([len(sentence) + 1 for sentence in _BOILERPLATE])
-    notice = " ".join(_BOILERPLATE[: int(np.searchsorted(lengths, room, side="right"))])
-    if not notice:
-        return {}
-    return {
-        "rule_first": (Instruction(text) + notice).render(),
-        "rule_last": (Instruction(notice) + text).render(),
-    }
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Lane:
     """A lane with the texts that it is scored under."""
@@ -564,7 +261,7 @@ class _Lane:
     reversed_grades: IntArray
     """The grades under the opposite instruction: those of lane `none` for what this one excludes;
     all 0 where there is no lane `none`."""
-    texts: _Wordings
+    texts: Wordings
 
     @property
     def relevant(self) -> BoolArray:
@@ -578,7 +275,7 @@ class _Lane:
 class _Case:
     """A scenario, ready to be scored."""
 
-    def __init__(self, number: int, scenario: Scenario, wording: _Wording) -> None:
+    def __init__(self, number: int, scenario: Scenario, wording: Wording) -> None:
         self.number = number
         self.scenario = scenario
         foreign = wording.foreign(scenario.domain)
@@ -602,8 +299,6 @@ class _Case:
         self.instructed = [lane for lane in self.lanes if lane.kind in INSTRUCTED_KINDS]
 
 
-_Wordings = Mapping[tuple[Condition, str], str | None]
-"""Texts by condition and name; the name is empty where a condition has a single text."""
 _Table = dict[str | None, FloatArray]
 """The scores of a scenario's documents by the text they were asked under."""
 _Answer = Callable[[_Case, _Lane, str | None], FloatArray]
@@ -781,24 +476,6 @@ def _report(condition: Condition, observed: Sequence[_Observation]) -> Condition
         drift=estimate_mean((e.scenario, e.drift) for e in observed if changes_nothing),
         ndcg_by_wording={name: value for name, value in by_wording.items() if value},
     )
-
-
-def _as_ranks(**given: ArrayLike) -> list[FloatArray]:
-    """Ranks of the same documents in several rankings, checked."""
-    ranks = [np.asarray(values, dtype=float) for values in given.values()]
-    for name, values in zip(given, ranks, strict=True):
-        if values.ndim != 1 or values.size == 0 or values.shape != ranks[0].shape:
-            raise InputError(
-                f"{' and '.join(f'`{name}`' for name in given)} must hold one rank for each of the "
-                f"same documents, at least one; got shapes "
-                f"{', '.join(str(values.shape) for values in ranks)}"
-            )
-        if not ((values >= 1) & (values == np.floor(values)) & np.isfinite(values)).all():
-            raise InputError(
-                f"`{name}` must hold ranks, integers from 1, got {reprlib.repr(given[name])}; "
-                "`rank_by_score` makes them of scores"
-            )
-    return ranks
 
 
 def _named_estimates(report: BaseModel, prefix: str) -> list[tuple[str, Estimate]]:

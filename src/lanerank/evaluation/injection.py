@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict
 
 from lanerank.contracts import Document, order_by_score
+from lanerank.display import fragment
 from lanerank.errors import InputError
 from lanerank.evaluation.attacks import (
     POSITIONS,
@@ -41,6 +42,7 @@ from lanerank.evaluation.measures import (
 )
 from lanerank.evaluation.scenarios import LaneKind, Scenario
 from lanerank.evaluation.scoring import SupportsScore, score_scenario
+from lanerank.evaluation.sections import injection_section
 from lanerank.evaluation.strikes import (
     SHARES,
     Card,
@@ -209,6 +211,10 @@ class InjectionReport(BaseModel):
     """The mean shift of each attack, by id; few terms each, so only large differences count."""
     worst: tuple[AttackExample, ...]
     """The attacked documents with the largest shifts above 0, at most ten and one of an attack."""
+
+    def _repr_html_(self) -> str:
+        """Pictures and tables, for notebooks."""
+        return fragment(*injection_section(self))
 
     def rows(self) -> list[tuple[str, Estimate]]:
         """Every estimate with its name, for tables: `shift`, `family/flattery/shift`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import ir_measures
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
 from lanerank.contracts import order_by_score
+from lanerank.errors import InputError
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -19,6 +21,10 @@ BoolArray = NDArray[np.bool_]
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 SEED = 0
+
+# A reward for documents deep in a long list, from the reference code of InfoSearch.
+_WISE_DEPTH = 20
+_WISE_DEEP_REWARD = 0.01
 
 _RESAMPLED_CELLS = 2_000_000
 
@@ -126,6 +132,173 @@ def flip_outcomes(
     return outcomes
 
 
+def rank_by_score(scores: ArrayLike) -> IntArray:
+    """The rank of each document in the order in which a user would see them.
+
+    Args:
+        scores: One score for each document.
+
+    Returns:
+        Ranks from 1, in the order of the input. Ties keep input order, and scores that are not
+        finite come last, so that equal scores never tell two rankings apart.
+    """
+    values = np.asarray(scores, dtype=float)
+    order = order_by_score(tuple(values.tolist()))
+    ranks = np.empty(values.size, dtype=np.int64)
+    ranks[order] = np.arange(1, values.size + 1)
+    return ranks
+
+
+def p_mrr(ranks_original: ArrayLike, ranks_changed: ArrayLike) -> float:
+    """How far documents fall that a change of the instruction made irrelevant.
+
+    For a document at rank `o` under the original and `c` under the changed instruction, `1 - o/c`
+    where it fell (`c > o`) and `c/o - 1` where it did not; the mean over documents (Weller et al.,
+    FollowIR, NAACL 2025, arXiv 2403.15246). Published values are 100 times these.
+
+    Args:
+        ranks_original: Ranks from 1 of the documents that are relevant under the original
+            instruction and not under the changed one, for instance from `rank_by_score`.
+        ranks_changed: Ranks of the same documents under the changed instruction.
+
+    Returns:
+        A value in (-1, 1): above 0 where they fall, as they should; exactly 0 for a model that
+        ignores instructions. Swapping the arguments changes the sign.
+
+    Raises:
+        InputError: If there are no documents, or a rank is not an integer from 1.
+    """
+    before, after = _as_ranks(ranks_original=ranks_original, ranks_changed=ranks_changed)
+    return float(np.where(before >= after, after / before - 1, 1 - before / after).mean())
+
+
+def sicr(
+    scores_original: ArrayLike,
+    scores_instructed: ArrayLike,
+    scores_reversed: ArrayLike,
+    gold: ArrayLike,
+) -> float:
+    """The share of gold documents that rise with an instruction and fall with its reverse.
+
+    A gold document counts if its rank and its score both rise from the original to the instructed
+    run and both fall from the original to the reversed run. Where it is first already, it has to
+    stay first with no lower score, and to fall in the reversed run (strict instruction compliance
+    ratio, SICR; Zhou et al., InfoSearch, ICLR 2025, arXiv 2410.23841).
+
+    Args:
+        scores_original: The score of every document of a query without an instruction.
+        scores_instructed: Their scores under the instruction.
+        scores_reversed: Their scores under an instruction to the contrary.
+        gold: Whether each document is what the instruction asks for; at least one is.
+
+    Returns:
+        A value in [0, 1]; 0 for a model that ignores instructions. Scores that are NaN count as
+        wrong.
+
+    Raises:
+        InputError: If there is no gold document, or the lengths differ.
+    """
+    runs = [np.asarray(run, float) for run in (scores_original, scores_instructed, scores_reversed)]
+    chosen = np.asarray(gold)
+    # Not converted: the positions of the gold documents would become a mask without a word.
+    if chosen.dtype != bool or not chosen.any() or any(run.shape != (chosen.size,) for run in runs):
+        raise InputError(
+            f"`gold` must hold True or False for each score, and True at least once; got "
+            f"{reprlib.repr(gold)}, and scores of shapes {[run.shape for run in runs]}"
+        )
+    before, under, against = (run[chosen] for run in runs)
+    o, i, r = (rank_by_score(run)[chosen] for run in runs)
+    rises = np.where(o == 1, (i == 1) & (under >= before), (i < o) & (under > before))
+    return float((rises & (r > o) & (before > against)).mean())
+
+
+def wise(
+    ranks_original: ArrayLike,
+    ranks_instructed: ArrayLike,
+    ranks_reversed: ArrayLike,
+    *,
+    candidates: int,
+) -> float:
+    """How well ranks follow an instruction and its reverse, with partial credit and penalties.
+
+    For each gold document with ranks `o`, `i` and `r` in the original, the instructed and the
+    reversed run, the first that applies of
+
+    - `i <= o < r`, as it should be: 1 if `i = 1` and `o < candidates`, else
+      `(1 - sqrt(o - i) / 20) / sqrt(i)` if `o <= 20`, else 0.01;
+    - `r < o < i`, all wrong: -1;
+    - `o <= i`: `(o - i) / i`;
+    - `r <= o`: `(r - o) / o`,
+
+    and the mean over documents (weighted instruction sensitivity evaluation, WISE; Zhou et al.,
+    InfoSearch, ICLR 2025, arXiv 2410.23841, in the form of its released code).
+
+    Args:
+        ranks_original: Ranks from 1 of the gold documents without an instruction.
+        ranks_instructed: Their ranks under the instruction.
+        ranks_reversed: Their ranks under an instruction to the contrary.
+        candidates: The number of documents that fit the query, gold or not.
+
+    Returns:
+        A value in [-1, 1]; 0 for a model that ignores instructions. Only one document can be
+        first, so that the best possible value is below 1 where there are several gold documents.
+
+    Raises:
+        InputError: If there are no documents, a rank is not an integer from 1, or `candidates` is
+            below 1.
+    """
+    o, i, r = _as_ranks(
+        ranks_original=ranks_original,
+        ranks_instructed=ranks_instructed,
+        ranks_reversed=ranks_reversed,
+    )
+    if candidates < 1:
+        raise InputError(f"`candidates` must be at least 1, got {candidates!r}")
+    followed = (i <= o) & (o < r)
+    partial = (1 - np.sqrt(np.maximum(o - i, 0)) / _WISE_DEPTH) / np.sqrt(i)
+    cases: list[tuple[BoolArray, float | FloatArray]] = [
+        (followed & (i == 1) & (o < candidates), 1.0),
+        (followed & (o <= _WISE_DEPTH), partial),
+        (followed, _WISE_DEEP_REWARD),
+        ((r < o) & (o < i), -1.0),
+        (o <= i, (o - i) / i),
+        (r <= o, (r - o) / o),
+    ]
+    applies, values = zip(*cases, strict=True)
+    return float(np.select(list(applies), list(values)).mean())
+
+
+def robustness(values: ArrayLike, groups: ArrayLike) -> float:
+    """The mean over groups of the worst value in each group.
+
+    With nDCG@k values and one group for each query, whose members are wordings of its instruction,
+    this is the Robustness@k of InstructIR (Oh et al., arXiv 2402.14334).
+
+    Args:
+        values: For instance from `ndcg`; NaN stands for what has no value and is left out.
+        groups: The group of each value, any labels.
+
+    Returns:
+        A value in the range of the values, never above their mean over groups; NaN where all are.
+
+    Raises:
+        InputError: If there are no values, or not one group for each.
+    """
+    terms, labels = np.asarray(values, dtype=float), np.asarray(groups)
+    if terms.ndim != 1 or terms.size == 0 or labels.shape != terms.shape:
+        raise InputError(
+            f"`values` and `groups` must be of the same length, at least 1; got shapes "
+            f"{terms.shape} and {labels.shape}"
+        )
+    kept = ~np.isnan(terms)
+    if not kept.any():
+        return float("nan")
+    members = codes(labels[kept])
+    worst = np.full(int(members.max()) + 1, np.inf)
+    np.minimum.at(worst, members, terms[kept])
+    return float(worst.mean())
+
+
 def bootstrap_interval(
     values: ArrayLike, clusters: ArrayLike | None = None, *, n: int = RESAMPLES, seed: int = SEED
 ) -> tuple[float, float]:
@@ -192,3 +365,21 @@ def _exponential_ndcg(
     measure = ir_measures.nDCG(gains={grade: 2**grade - 1 for grade in range(highest + 1)}) @ cutoff
     for metric in ir_measures.iter_calc([measure], qrels, run):
         yield str(metric.query_id), float(metric.value)
+
+
+def _as_ranks(**given: ArrayLike) -> list[FloatArray]:
+    """Ranks of the same documents in several rankings, checked."""
+    ranks = [np.asarray(values, dtype=float) for values in given.values()]
+    for name, values in zip(given, ranks, strict=True):
+        if values.ndim != 1 or values.size == 0 or values.shape != ranks[0].shape:
+            raise InputError(
+                f"{' and '.join(f'`{name}`' for name in given)} must hold one rank for each of the "
+                f"same documents, at least one; got shapes "
+                f"{', '.join(str(values.shape) for values in ranks)}"
+            )
+        if not ((values >= 1) & (values == np.floor(values)) & np.isfinite(values)).all():
+            raise InputError(
+                f"`{name}` must hold ranks, integers from 1, got {reprlib.repr(given[name])}; "
+                "`rank_by_score` makes them of scores"
+            )
+    return ranks

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lanerank.contracts import Document
 from lanerank.errors import InputError
-from lanerank.evaluation.runs import checked_grades
+from lanerank.evaluation.runs import check_id, checked_grades
 from lanerank.evaluation.scenarios import INSTRUCTED_KINDS, Scenario, attribute_fields
 from lanerank.instruction import Instruction, InstructionLike
 
@@ -68,6 +68,7 @@ class JudgedQuery(BaseModel):
         if not isinstance(query, str) or not query.strip():
             raise InputError(f"`query` must be a str that is not blank, got {query!r}")
         name = query if id is None else id
+        check_id(f"`id` of query {query!r}", name)
         named = _with_ids(name, documents)
         if grades is not None and not isinstance(grades, Mapping):
             if len(grades) != len(named):
@@ -143,7 +144,9 @@ def _with_ids(query: str, documents: Sequence[Document | str]) -> tuple[Document
         document if document.id is not None else document.model_copy(update={"id": str(position)})
         for position, document in enumerate(given)
     )
-    ids = Counter(document.id for document in named)
+    ids = Counter(str(document.id) for document in named)
+    for each in ids:
+        check_id(f"`documents` of query {query!r}: an id", each)
     if repeated := [each for each, times in ids.items() if times > 1]:
         raise InputError(
             f"`documents` of query {query!r} has the id {repeated[0]!r} more than once; give each "

@@ -28,6 +28,11 @@ _HIGHEST_EXPONENT = 15
 """The highest grade that may become a gain as a power of 2."""
 
 
+def measure_label(measure: str) -> str:
+    """What tables call a measure: as ir-measures does, but nDCG@10 for lanerank's own default."""
+    return "nDCG@10" if measure == DEFAULT_MEASURES[0] else measure
+
+
 def order_documents(scores: Mapping[str, float]) -> list[str]:
     """Document ids, best first; ties keep their order, scores that are not finite come last."""
     ids = list(scores)
@@ -165,6 +170,20 @@ def checked_grades(query: str, grades: Mapping[str, int]) -> dict[str, int]:
                 f"integers from -{_HIGHEST_GRADE} to {_HIGHEST_GRADE}, 0 and below not relevant"
             )
     return {document: int(grade) for document, grade in grades.items()}
+
+
+def check_id(name: str, value: str) -> None:
+    """Refuse an id that is no text, or that no report could be written with.
+
+    Raises:
+        InputError: It is such an id; the message calls it `name`.
+    """
+    try:
+        value.encode()
+    except (AttributeError, UnicodeEncodeError):
+        raise InputError(
+            f"{name} must be a str without lone surrogates, got {value!r}; use another id"
+        ) from None
 
 
 def _check_numbers(measure: ir_measures.Measure) -> None:

@@ -156,7 +156,7 @@ class Scenario(Record):
     id: NotBlank
     """Unique in the files that are read together."""
     domain: NotBlank
-    """The subject area, for people; no measure depends on it."""
+    """The subject area; an instruction from another one counts as irrelevant in some measures."""
     query: NotBlank
     """What the searcher typed."""
     today: Day = None

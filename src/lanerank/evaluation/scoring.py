@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lanerank.context import use_instruction
 from lanerank.contracts import Document
 from lanerank.errors import ScorerError
 from lanerank.evaluation.measures import FloatArray
@@ -70,12 +71,14 @@ def score_scenario(
         documents = [
             Document(doc.text, metadata=doc.metadata, id=doc.id) for doc in scenario.documents
         ]
-    values = reranker.score(
-        scenario.query,
-        documents,
-        instruction=instruction,
-        attributes=attribute_fields(scenario),
-    )
+    # Without this, "no instruction" would mean that of a scope around the whole evaluation.
+    with use_instruction(None):
+        values = reranker.score(
+            scenario.query,
+            documents,
+            instruction=instruction,
+            attributes=attribute_fields(scenario),
+        )
     if len(values) != len(documents):
         raise ScorerError(
             f"{reranker.scorer.name!r} returned {len(values)} scores for {len(documents)} "
