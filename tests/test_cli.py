@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import typer
@@ -17,9 +18,12 @@ from typer.testing import CliRunner
 import lanerank
 from lanerank import Reranker
 from lanerank.cli import app, main
-from lanerank.errors import InputError
+from lanerank.cli.ranking import print_ranking
+from lanerank.errors import InputError, ScorerError
+from lanerank.scoring.fallback import FallbackScorer
 from lanerank.service import services
 from lanerank.template import known_models
+from lanerank.testing import OverlapScorer
 
 WIDE = {"COLUMNS": "200"}
 JSONL = "\n".join(
@@ -292,6 +296,25 @@ def test_scores_that_are_no_numbers_are_told_and_are_null_in_json(
     report = strict_json(ranked("-q", "red", "--model", folder, "--json", write("a\nb")).stdout)
     assert report["non_finite"] == [0, 1]
     assert [entry["score"] for entry in report["results"]] == [None, None]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_ranking_without_scores_is_told_on_standard_error(as_json, capsys) -> None:
+    @dataclass(frozen=True)
+    class Broken(OverlapScorer):
+        def score(self, request):
+            raise ScorerError("out of [bold]memory[/bold]\x1b[31m")
+
+    for scorer in (OverlapScorer(), Broken()):
+        ranking = Reranker(FallbackScorer(scorer)).rank("fish", ["a red fish", "b"])
+        print_ranking(ranking, as_json=as_json)
+        captured = capsys.readouterr()
+        assert "a red fish" in captured.out
+        told = "nothing was scored: out of [bold]memory[/bold]" in captured.err
+        assert told is (ranking.degraded is not None) is isinstance(scorer, Broken)
+        assert "\x1b" not in captured.err
+        if as_json:
+            assert strict_json(captured.out)["degraded"] == ranking.degraded
 
 
 # Mistakes

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from reprlib import repr as short
 from typing import Annotated, NotRequired
 
@@ -97,8 +98,8 @@ class LanerankRerank(BaseDocumentCompressor):
         default=None, exclude=True, repr=False
     )
     """A name or folder as `Reranker.from_pretrained` takes it, loaded at the first use and once for
-    the whole process; a `Reranker` or a `Scorer`, to choose device, precision or fallback; by
-    default the model that comes with lanerank."""
+    the whole process; a `Reranker` or a `Scorer`, to choose device, precision, server or
+    fallback; by default the model that comes with lanerank."""
     instruction: StrictStr | Instruction | None = None
     """The instruction where no other source gives one."""
     instruction_key: str = Field(default="rerank_instruction", min_length=1)
@@ -124,7 +125,8 @@ class LanerankRerank(BaseDocumentCompressor):
     """Where the score goes in a document's metadata. It replaces what the document has there."""
     report_instruction: bool = False
     """Whether each document's metadata says which instruction applied, as
-    `rerank_instruction_source` and `rerank_instruction_fingerprint`, both `None` without one."""
+    `rerank_instruction_source` and `rerank_instruction_fingerprint`, both `None` without one, and
+    as `rerank_degraded` whether nothing was scored, so that it changed nothing."""
 
     def rerank(
         self,
@@ -171,7 +173,8 @@ class LanerankRerank(BaseDocumentCompressor):
 
         Where there is a parent run, it gets a custom event `lanerank_rerank` with the query,
         counts, seconds, and the source and fingerprint of the instruction. It holds no text of the
-        instruction or of a document.
+        instruction or of a document, unless a service that failed repeated one: `degraded` is the
+        message of that error.
 
         Args:
             documents: What was retrieved. Ids and other metadata are kept.
@@ -203,15 +206,17 @@ class LanerankRerank(BaseDocumentCompressor):
         instruction: InstructionLike | Resolved = None,
         top_n: int | None = -1,
     ) -> list[Document]:
-        """`compress_documents` with loading and ranking in a worker thread.
+        """`compress_documents` without blocking the event loop.
 
-        The event loop goes on, and the instruction is looked up before the thread takes over.
+        A scorer that can be awaited, as that of `Reranker.from_url`, takes no thread, and
+        cancelling the call cancels its requests. Models are loaded and run in a worker thread. The
+        instruction is looked up before any of that.
         """
         resolved, top_n = self._settle(query, callbacks, instruction, top_n)
         items = [self._item(document) for document in _checked(documents)]
         if not items:
             return []
-        ranking, report = await asyncio.to_thread(self._rank, query, items, resolved, top_n)
+        ranking, report = await self._arank(query, items, resolved, top_n)
         if config := _parent_run(callbacks):
             await adispatch_custom_event(_EVENT, report, config=config)
         return [self._copy(documents[result.index], result, ranking) for result in ranking]
@@ -320,18 +325,22 @@ class LanerankRerank(BaseDocumentCompressor):
             top_k=top_n,
             long_documents=self.long_documents,
         )
-        return ranking, {
-            "query": query,
-            "documents": len(items),
-            "kept": len(ranking),
-            "truncated": len(ranking.truncated),
-            "non_finite": len(ranking.non_finite),
-            "model": ranking.model,
-            "instruction_source": ranking.instruction_source,
-            "instruction_fingerprint": ranking.instruction_fingerprint,
-            "instruction_applied": ranking.instruction_applied,
-            "seconds": time.perf_counter() - start,
-        }
+        return ranking, _report(ranking, len(items), time.perf_counter() - start)
+
+    async def _arank(
+        self, query: str, items: Sequence[DocumentLike], resolved: Resolved, top_n: int | None
+    ) -> tuple[Ranking, dict[str, object]]:
+        reranker = await _load(self.model)
+        start = time.perf_counter()
+        ranking = await reranker.arank(
+            query,
+            items,
+            instruction=resolved,
+            attributes=self.attributes,
+            top_k=top_n,
+            long_documents=self.long_documents,
+        )
+        return ranking, _report(ranking, len(items), time.perf_counter() - start)
 
     def _copy(self, document: Document, result: RankedDocument, ranking: Ranking) -> Document:
         # Ours go last: a document must not be able to claim a score or an instruction.
@@ -339,8 +348,34 @@ class LanerankRerank(BaseDocumentCompressor):
         if self.report_instruction:
             metadata["rerank_instruction_source"] = ranking.instruction_source
             metadata["rerank_instruction_fingerprint"] = ranking.instruction_fingerprint
+            # Not the reason: it may quote a service, and metadata gets into prompts.
+            metadata["rerank_degraded"] = ranking.degraded is not None
         metadata[self.score_key] = result.score
         return document.model_copy(update={"metadata": metadata})
+
+
+async def _load(model: ModelLike) -> Reranker:
+    # An object has nothing left to load, and then there is no need of a thread.
+    if isinstance(model, str | Path | None):
+        return await asyncio.to_thread(Reranker.coerce, model)
+    return Reranker.coerce(model)
+
+
+def _report(ranking: Ranking, documents: int, seconds: float) -> dict[str, object]:
+    """What the custom event says."""
+    return {
+        "query": ranking.query,
+        "documents": documents,
+        "kept": len(ranking),
+        "truncated": len(ranking.truncated),
+        "non_finite": len(ranking.non_finite),
+        "model": ranking.model,
+        "instruction_source": ranking.instruction_source,
+        "instruction_fingerprint": ranking.instruction_fingerprint,
+        "instruction_applied": ranking.instruction_applied,
+        "degraded": ranking.degraded,
+        "seconds": seconds,
+    }
 
 
 def _parent_run(callbacks: Callbacks) -> RunnableConfig | None:

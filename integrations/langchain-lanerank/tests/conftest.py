@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Never
 
 import pytest
 from lanerank.contracts import RerankRequest, Scores
@@ -35,10 +38,54 @@ class Gate:
         return Scores((0.5,) * len(request.candidates))
 
 
+class Awaited:
+    """A scorer to be awaited: waits until it is let through, and keeps what became of it."""
+
+    name = "awaited"
+    supports_instructions = True
+
+    def __init__(self) -> None:
+        self.entered, self.opened = asyncio.Event(), asyncio.Event()
+        self.threads: list[threading.Thread] = []
+        self.cancelled = False
+
+    def score(self, request: RerankRequest) -> Scores:
+        raise AssertionError("it was not awaited")
+
+    async def ascore(self, request: RerankRequest) -> Scores:
+        self.threads.append(threading.current_thread())
+        self.entered.set()
+        try:
+            await self.opened.wait()
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        return OverlapScorer().score(request)
+
+
+class NoThreads(ThreadPoolExecutor):
+    """For an event loop that must do without worker threads."""
+
+    def submit(self, *args: object, **kwargs: object) -> Never:
+        raise AssertionError("a thread was used")
+
+
 @pytest.fixture
 def gate() -> Gate:
     """A scorer that the event loop has to let through, which it cannot while it is blocked."""
     return Gate()
+
+
+@pytest.fixture
+def awaited() -> Awaited:
+    """A scorer that has to be awaited."""
+    return Awaited()
+
+
+@pytest.fixture
+async def no_threads() -> None:
+    """Make every worker thread of the test's event loop an error."""
+    asyncio.get_running_loop().set_default_executor(NoThreads())
 
 
 @pytest.fixture
@@ -74,8 +121,7 @@ def make_retriever(
     def make(
         documents: Sequence[Document], retriever: dict[str, object] | None = None, **options: object
     ) -> LanerankRetriever:
-        return LanerankRetriever(
-            base_retriever=shelf(documents), reranker=make_compressor(**options), **retriever or {}
-        )
+        settings = {"base_retriever": shelf(documents), **(retriever or {})}
+        return LanerankRetriever(reranker=make_compressor(**options), **settings)
 
     return make

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from lanerank import Instruction, InstructionContext, use_instruction
+from lanerank import Instruction, InstructionContext, Reranker, use_instruction
 from lanerank.errors import InputError, InstructionError, InstructionMissingError, ModelLoadError
 from lanerank.testing import ScriptedScorer
 from langchain_classic.retrievers.document_compressors import DocumentCompressorPipeline
@@ -56,6 +56,7 @@ def test_a_document_cannot_claim_a_score_or_an_instruction(make_compressor: Make
         "rank": 99.0,
         "rerank_instruction_source": "argument",
         "rerank_instruction_fingerprint": "0" * 16,
+        "rerank_degraded": True,
     }
     [found] = make_compressor(score_key="rank").compress_documents(
         [Document("stone", metadata=claims)], "fish"
@@ -64,6 +65,7 @@ def test_a_document_cannot_claim_a_score_or_an_instruction(make_compressor: Make
         "rank": 0.0,
         "rerank_instruction_source": None,
         "rerank_instruction_fingerprint": None,
+        "rerank_degraded": False,
     }
     assert claims["rank"] == 99.0
 
@@ -365,6 +367,39 @@ async def test_the_instruction_is_found_before_the_thread_takes_over(fish, make_
     assert threads == [threading.current_thread()]
 
 
+@pytest.mark.usefixtures("no_threads")
+async def test_a_scorer_that_can_be_awaited_takes_no_thread(fish, awaited, make_compressor: Make):
+    awaited.opened.set()
+    for model in (awaited, Reranker(awaited)):
+        compressor = make_compressor(model=model)
+        with use_instruction("blue"):
+            assert (await compressor.acompress_documents(fish, "fish"))[0].id == "blue"
+        values = {"documents": fish, "query": "fish", "instruction": "green"}
+        assert (await compressor.as_runnable().ainvoke(values))[0].id == "green"
+    assert awaited.threads == [threading.current_thread()] * 4
+
+
+@pytest.mark.usefixtures("no_threads")
+async def test_the_guard_against_threads_sees_one(fish, make_compressor: Make):
+    with pytest.raises(AssertionError, match="a thread was used"):
+        await make_compressor().acompress_documents(fish, "fish")
+
+
+@pytest.mark.usefixtures("no_threads")
+async def test_a_model_is_loaded_beside_the_event_loop(fish, tmp_path):
+    with pytest.raises(AssertionError, match="a thread was used"):
+        await LanerankRerank(model=tmp_path / "nothing").acompress_documents(fish, "fish")
+
+
+async def test_cancelling_a_call_cancels_the_scorer(fish, awaited, make_compressor: Make):
+    call = asyncio.create_task(make_compressor(model=awaited).acompress_documents(fish, "fish"))
+    await asyncio.wait_for(awaited.entered.wait(), 20)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert awaited.cancelled
+
+
 def test_calls_in_many_threads_do_not_mix(fish, make_compressor: Make):
     compressor = make_compressor()
 
@@ -415,6 +450,7 @@ def check_events(events: Events | AsyncEvents) -> None:
         "instruction_source": "argument",
         "instruction_fingerprint": Instruction("blue").fingerprint,
         "instruction_applied": "lane",
+        "degraded": None,
     }
     json.dumps(data)
 

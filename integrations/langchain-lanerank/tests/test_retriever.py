@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any, TypedDict
 from uuid import UUID, uuid4
@@ -297,6 +298,26 @@ async def test_it_does_not_block_the_event_loop(fish, gate, make_retriever: Make
         await asyncio.sleep(0)
     gate.opened.set()
     assert len(await search) == 3
+
+
+@pytest.mark.usefixtures("no_threads")
+async def test_nothing_takes_a_thread_where_all_can_be_awaited(fish, awaited, make_retriever: Make):
+    async def find(query: str) -> list[Document]:
+        return fish
+
+    awaited.opened.set()
+    retriever = make_retriever([], {"base_retriever": RunnableLambda(find)}, model=awaited)
+    assert first(await retriever.ainvoke("fish", instruction="blue")) == "blue"
+    assert awaited.threads == [threading.current_thread()]
+
+
+async def test_cancelling_a_call_cancels_the_scorer(fish, awaited, make_retriever: Make):
+    search = asyncio.create_task(make_retriever(fish, model=awaited).ainvoke("fish"))
+    await asyncio.wait_for(awaited.entered.wait(), 20)
+    search.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await search
+    assert awaited.cancelled
 
 
 async def test_concurrent_calls_do_not_mix(fish, make_retriever: Make):

@@ -7,7 +7,8 @@ import copy
 import json
 import math
 import threading
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Never
 
 import pytest
 from hypothesis import given
@@ -420,6 +421,7 @@ def test_start_and_end_are_reported(call, trace, nodes) -> None:
         "instruction_source": "field",
         "instruction_fingerprint": Instruction("blue").fingerprint,
         "instruction_applied": "lane",
+        "degraded": None,
         "truncated": [],
         "non_finite": [],
     }
@@ -556,6 +558,81 @@ def test_a_cancelled_call_ends_its_events(nodes, trace) -> None:
             await task
 
     asyncio.run(main())
+    assert len(trace.of(ReRankStartEvent)) == len(trace.of(ReRankEndEvent)) == 1
+
+
+class Awaited:
+    """A scorer to be awaited: waits until it is let go, and keeps what became of it."""
+
+    name, supports_instructions = "awaited", True
+
+    def __init__(self) -> None:
+        self.entered, self.open = asyncio.Event(), asyncio.Event()
+        self.threads: list[threading.Thread] = []
+        self.cancelled = False
+
+    def score(self, request: RerankRequest) -> Scores:
+        raise AssertionError("it was not awaited")
+
+    async def ascore(self, request: RerankRequest) -> Scores:
+        self.threads.append(threading.current_thread())
+        self.entered.set()
+        try:
+            await self.open.wait()
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        return OverlapScorer().score(request)
+
+
+class NoThreads(ThreadPoolExecutor):
+    """For an event loop that must do without worker threads."""
+
+    def submit(self, *args: object, **kwargs: object) -> Never:
+        raise AssertionError("a thread was used")
+
+
+def without_threads(reranker: LanerankRerank, nodes: list[NodeWithScore], query: QueryBundle):
+    async def main() -> list[NodeWithScore]:
+        asyncio.get_running_loop().set_default_executor(NoThreads())
+        return await reranker.apostprocess_nodes(nodes, query)
+
+    return asyncio.run(main())
+
+
+def test_a_scorer_that_can_be_awaited_takes_no_thread(nodes) -> None:
+    scorer = Awaited()
+    scorer.open.set()
+    query = InstructedQueryBundle("fish", instruction="green")
+    for model in (scorer, Reranker(scorer)):
+        ranked = without_threads(LanerankRerank(model=model), nodes, query)
+        assert texts(ranked) == ["green fish", "red fish"]
+        with use_instruction("blue"):
+            ranked = without_threads(LanerankRerank(model=model), nodes, QueryBundle("fish"))
+        assert texts(ranked) == ["blue fish", "red fish"]
+    assert scorer.threads == [threading.current_thread()] * 4
+
+
+def test_other_scorers_and_loading_do_take_one(nodes, tmp_path) -> None:
+    for model in (OverlapScorer(), tmp_path / "nothing"):
+        with pytest.raises(AssertionError, match="a thread was used"):
+            without_threads(LanerankRerank(model=model), nodes, QueryBundle("fish"))
+
+
+def test_cancelling_a_call_cancels_the_scorer_and_ends_the_events(nodes, trace) -> None:
+    scorer = Awaited()
+
+    async def main() -> None:
+        task = asyncio.create_task(
+            LanerankRerank(model=scorer).apostprocess_nodes(nodes, query_str="fish")
+        )
+        await asyncio.wait_for(scorer.entered.wait(), 20)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert scorer.cancelled
     assert len(trace.of(ReRankStartEvent)) == len(trace.of(ReRankEndEvent)) == 1
 
 

@@ -81,15 +81,7 @@ def rank(
             top_k=top_k,
             progress=progress,
         )
-    if as_json:
-        report = ranking.model_dump(mode="json")
-        for result in report["results"]:
-            # JSON has no word for what is not finite; `non_finite` lists these.
-            if not math.isfinite(result["score"]):
-                result["score"] = None
-        print_json(report)
-        return
-    _print_ranking(ranking)
+    print_ranking(ranking, as_json=as_json)
 
 
 def demo(
@@ -146,7 +138,24 @@ def _parse_lines(name: str, lines: Iterable[bytes]) -> Iterator[str | dict[str, 
         yield value
 
 
-def _print_ranking(ranking: Ranking) -> None:
+def print_ranking(ranking: Ranking, *, as_json: bool) -> None:
+    """Print a ranking on standard output, and on standard error what is wrong with it."""
+    if ranking.degraded is not None:
+        # A service may have worded it.
+        reason = printable(ranking.degraded, 1_000)
+        err.print(
+            f"[yellow]In the order of the input, nothing was scored:[/yellow] {reason}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if as_json:
+        report = ranking.model_dump(mode="json")
+        for result in report["results"]:
+            # JSON has no word for what is not finite; `non_finite` lists these.
+            if not math.isfinite(result["score"]):
+                result["score"] = None
+        print_json(report)
+        return
     if not len(ranking):
         err.print("No documents.")
         return

@@ -181,7 +181,12 @@ class LanerankRerank(BaseNodePostprocessor):
 
     Results are new `NodeWithScore`s, best first, ties in the order of the input. A node whose
     score is not a finite number comes last, with the score `None`. The end event of each call
-    has, in `tags["lanerank"]`, where the instruction came from and its fingerprint.
+    has, in `tags["lanerank"]`, where the instruction came from and its fingerprint, and as
+    `"degraded"` why nothing was scored where a `Reranker` keeps the order of the input instead of
+    raising.
+
+    Asynchronous calls await a scorer that can be awaited, as that of `Reranker.from_url`, and
+    cancelling them cancels its requests. Models are loaded and run in a worker thread.
 
     Args:
         model: Name or path of a model, by default of the one that comes with lanerank. It is
@@ -308,9 +313,8 @@ class LanerankRerank(BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         with self._events(nodes, query_bundle) as outcome:
-            # The trusted lanes are settled here, before the work moves to another thread.
-            trusted = self._trusted(query_bundle)
-            ranking = await asyncio.to_thread(self._rank, nodes, *trusted)
+            # The trusted lanes are settled here, before the work may move to another thread.
+            ranking = await self._arank(nodes, *self._trusted(query_bundle))
             self._report(outcome, nodes, ranking)
         return outcome.nodes
 
@@ -351,12 +355,30 @@ class LanerankRerank(BaseNodePostprocessor):
             return Ranking(query=query, model=self.model_name)
         return Reranker.coerce(self.model).rank(
             query,
-            [Document(self._text(n.node), metadata=self._chosen(n.node)) for n in nodes],
+            self._documents(nodes),
             instruction=resolved,
             attributes=self.attributes,
             top_k=self.top_n,
             long_documents=self.long_documents,
         )
+
+    async def _arank(
+        self, nodes: Sequence[NodeWithScore], query: str, resolved: Resolved
+    ) -> Ranking:
+        if not nodes:
+            return Ranking(query=query, model=self.model_name)
+        reranker = await _load(self.model)
+        return await reranker.arank(
+            query,
+            self._documents(nodes),
+            instruction=resolved,
+            attributes=self.attributes,
+            top_k=self.top_n,
+            long_documents=self.long_documents,
+        )
+
+    def _documents(self, nodes: Sequence[NodeWithScore]) -> list[Document]:
+        return [Document(self._text(n.node), metadata=self._chosen(n.node)) for n in nodes]
 
     def _chosen(self, node: BaseNode) -> dict[str, object]:
         return {name: node.metadata[name] for name in self.attributes if name in node.metadata}
@@ -376,6 +398,7 @@ class LanerankRerank(BaseNodePostprocessor):
             "instruction_source": ranking.instruction_source,
             "instruction_fingerprint": ranking.instruction_fingerprint,
             "instruction_applied": ranking.instruction_applied,
+            "degraded": ranking.degraded,
             "truncated": [nodes[i].node_id for i in ranking.truncated],
             "non_finite": [nodes[i].node_id for i in ranking.non_finite],
         }
@@ -426,6 +449,13 @@ class LanerankRerank(BaseNodePostprocessor):
                     event.on_end(payload={EventPayload.NODES: outcome.nodes})
         finally:
             dispatcher.event(ReRankEndEvent(nodes=outcome.nodes, tags=outcome.tags))
+
+
+async def _load(model: str | Reranker | Scorer) -> Reranker:
+    # An object has nothing left to load, and then there is no need of a thread.
+    if isinstance(model, str):
+        return await asyncio.to_thread(Reranker.coerce, model)
+    return Reranker.coerce(model)
 
 
 def _finite(score: float | None) -> float | None:
