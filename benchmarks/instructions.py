@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from sentence_transformers import SentenceTransformer
 
 from lanerank import Reranker
 from lanerank.evaluation import (
+    LANE_KINDS,
     Estimate,
     Scenario,
     evaluate,
@@ -74,81 +76,128 @@ def cell(estimate: Estimate | None) -> str:
     return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
+def find(report: dict[str, Any], path: str) -> Estimate | None:
+    """An estimate of a report, by its path: `overall.shift`."""
+    value: Any = report
+    for step in path.split("."):
+        value = value.get(step) if isinstance(value, dict) else None
+    return None if value is None else Estimate.model_validate(value)
+
+
 def main() -> None:
-    """Measure the systems and write the page."""
+    """Measure the systems that are not measured yet, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cross-encoder", type=Path, help="the folder `model` of its training")
     parser.add_argument("--limit", type=int, help="use only this many scenarios")
-    parser.add_argument("--judge-limit", type=int, default=40, help="scenarios for the slow judge")
+    parser.add_argument("--judge-limit", type=int, default=20, help="scenarios for the slow judge")
     parser.add_argument("--sample", type=int, default=6000, help="documents scored under attack")
-    parser.add_argument("--skip-judge", action="store_true")
+    parser.add_argument("--again", action="append", help="measure this system though it is there")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "instructions.json")
     arguments = parser.parse_args()
     scenarios = read_development_scenarios()[: arguments.limit]
     few = scenarios[:: max(1, len(scenarios) // arguments.judge_limit)][: arguments.judge_limit]
     console = Console()
-
     reports: dict[str, dict[str, Any]] = {}
+    if arguments.out.exists():
+        reports = json.loads(arguments.out.read_text(encoding="utf-8"))
+    for label in arguments.again or ():
+        reports.pop(label, None)
 
-    def run(label: str, reranker: Reranker, chosen: list[Scenario], sample: int) -> None:
-        reports[label] = measure(reranker, chosen, sample)
+    def run(label: str, load: Callable[[], Reranker], chosen: list[Scenario], sample: int) -> None:
+        if label in reports:
+            console.print(f"{label}: measured before")
+            return
+        found = measure(load(), chosen, sample)
+        reports[label] = {part: each.model_dump(mode="json") for part, each in found.items()}
+        # After each, because the whole takes long.
+        arguments.out.parent.mkdir(exist_ok=True)
+        arguments.out.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
         console.print(f"{label}: done")
 
-    run("lanerank-mini", Reranker.from_pretrained(), scenarios, arguments.sample)
-    bi_encoder = SentenceTransformer(str(minilm_folder()), device="cpu")
-    run(
-        "bi-encoder",
-        Reranker(BiEncoderScorer(bi_encoder, "bi-encoder on concatenated text")),
-        scenarios,
-        arguments.sample,
-    )
-    if arguments.cross_encoder:
-        cross_encoder = Reranker.from_pretrained(arguments.cross_encoder, on_unsupported="prepend")
-        run("cross-encoder", cross_encoder, scenarios, arguments.sample)
-    if not arguments.skip_judge:
-        with tempfile.TemporaryDirectory() as folder:
-            unpack(Path(folder))
-            judge = Reranker.from_pretrained(folder, contract="yes-no-judge")
-            run("SmolLM2-135M judge", judge, few, arguments.sample // 4)
+    def load_bi_encoder() -> Reranker:
+        model = SentenceTransformer(str(minilm_folder()), device="cpu")
+        return Reranker(BiEncoderScorer(model, "bi-encoder on concatenated text"))
 
-    out = {
-        label: {part: report.model_dump(mode="json") for part, report in found.items()}
-        for label, found in reports.items()
-    }
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
-    page = write_page(reports, len(scenarios), len(few))
-    arguments.out.with_suffix(".md").write_text(page, encoding="utf-8")
-    console.print(f"written: {arguments.out} and {arguments.out.with_suffix('.md')}")
+    def load_cross_encoder() -> Reranker:
+        return Reranker.from_pretrained(arguments.cross_encoder, on_unsupported="prepend")
+
+    run("lanerank-mini", Reranker.from_pretrained, scenarios, arguments.sample)
+    run("bi-encoder", load_bi_encoder, scenarios, arguments.sample)
+    if arguments.cross_encoder:
+        run("cross-encoder", load_cross_encoder, scenarios, arguments.sample)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def load_judge() -> Reranker:
+            unpack(Path(folder))
+            return Reranker.from_pretrained(folder, contract="yes-no-judge")
+
+        run("SmolLM2-135M judge", load_judge, few, arguments.sample // 8)
+    page = arguments.out.with_suffix(".md")
+    page.write_text(write_page(reports, len(scenarios), len(few)), encoding="utf-8")
+    console.print(f"written: {arguments.out} and {page}")
+
+
+COMPARED = (
+    # What is compared in words, and whether more is better.
+    ("nDCG@10 with the instruction", "evaluation", "ndcg_instructed", True),
+    *((f"nDCG@10, {kind}", "evaluation", f"by_kind.{kind}.ndcg", True) for kind in LANE_KINDS),
+    ("flip accuracy", "following", "flip_accuracy.model", True),
+    ("p-MRR between instructions", "following", "p_mrr.model", True),
+    ("robustness@10", "following", "robustness.model", True),
+    ("negation accuracy", "following", "negation_accuracy.model", True),
+    ("nDCG@10 amid boilerplate", "following", "conditions.long.ndcg", True),
+    ("ECE", "calibration", "pooled.ece", False),
+    ("Brier score", "calibration", "pooled.brier", False),
+    ("neutral drift", "evaluation", "neutral_drift", False),
+    ("score shift under attack", "injection", "overall.shift", False),
+    ("share of attacks that lift a document", "injection", "overall.success", False),
+)
+
+
+def write_verdict(reports: dict[str, dict[str, Any]], ours: str, theirs: str) -> list[str]:
+    """Where the intervals of two systems are apart, and which way."""
+    better: list[str] = []
+    worse: list[str] = []
+    open_: list[str] = []
+    for label, part, path, more in COMPARED:
+        a, b = (find(reports[name][part], path) for name in (ours, theirs))
+        if a is None or b is None:
+            continue
+        text = f"{label} ({a.value:.3f} against {b.value:.3f})"
+        if a.low > b.high or b.low > a.high:
+            (better if (a.value > b.value) is more else worse).append(text)
+        else:
+            open_.append(text)
+    return [
+        f"**{ours} against {theirs}**, by intervals that do not overlap:",
+        "",
+        f"- better: {'; '.join(better) or 'nothing'}",
+        f"- worse: {'; '.join(worse) or 'nothing'}",
+        f"- not told apart: {'; '.join(open_) or 'nothing'}",
+        "",
+    ]
 
 
 def write_page(reports: dict[str, dict[str, Any]], scenarios: int, few: int) -> str:
     """The page, in Markdown."""
     systems = list(reports)
 
-    def measured(part: str, measure: str) -> list[Estimate | None]:
-        found: list[Estimate | None] = []
-        for label in systems:
-            value: Any = reports[label][part]
-            for step in measure.split("."):
-                if value is not None:
-                    value = value.get(step) if isinstance(value, dict) else getattr(value, step)
-            found.append(value)
-        return found
+    def measured(part: str, path: str) -> list[Estimate | None]:
+        return [find(reports[label][part], path) for label in systems]
 
     def table(rows: list[tuple[str, str, str]]) -> str:
         lines = [
             "| measure | " + " | ".join(systems) + " |",
             "|---" * (len(systems) + 1) + "|",
         ]
-        for label, part, measure in rows:
-            cells = " | ".join(cell(each) for each in measured(part, measure))
+        for label, part, path in rows:
+            cells = " | ".join(cell(each) for each in measured(part, path))
             lines.append(f"| {label} | {cells} |")
         return "\n".join(lines)
 
     first = reports[systems[0]]
-    families = first["injection"].by_family
-    kinds = first["evaluation"].by_kind
+    families = first["injection"]["by_family"]
+    kinds = first["evaluation"]["by_kind"]
     sections = [
         "# Do lanes help?",
         "",
@@ -159,6 +208,9 @@ def write_page(reports: dict[str, dict[str, Any]], scenarios: int, few: int) -> 
         "size; the cross-encoder was trained on the same data, in the same order, with the same "
         "losses.",
         "",
+        "## In short",
+        "",
+        *(line for other in systems[1:3] for line in write_verdict(reports, systems[0], other)),
         "## Following",
         "",
         table(
@@ -189,7 +241,7 @@ def write_page(reports: dict[str, dict[str, Any]], scenarios: int, few: int) -> 
         table(
             [
                 (name, "following", f"conditions.{name}.ndcg")
-                for name in first["following"].conditions
+                for name in first["following"]["conditions"]
             ]
         ),
         "",
@@ -205,7 +257,7 @@ def write_page(reports: dict[str, dict[str, Any]], scenarios: int, few: int) -> 
                 ("neutral drift", "evaluation", "neutral_drift"),
                 *(
                     (f"ECE, {kind}", "calibration", f"by_kind.{kind}.ece")
-                    for kind in first["calibration"].by_kind
+                    for kind in first["calibration"]["by_kind"]
                 ),
             ]
         ),

@@ -317,6 +317,116 @@ def test_a_window_that_is_not_a_number_is_not_hidden_by_another(
     assert [math.isnan(value) for value in values] == [True, False, True, False]
 
 
+# Several requests at once
+
+REQUESTS = st.builds(
+    lambda instruction, query, candidates, mode: request(
+        candidates, instruction=instruction, query=query, long_documents=mode
+    ),
+    INSTRUCTIONS,
+    SHORT,
+    st.lists(st.one_of(CANDIDATES, LONG_TEXTS.map(lambda text: Candidate(text=text))), max_size=4),
+    st.sampled_from(["truncate", "max_window"]),
+)
+UNREADABLE = request(["red"], query="fish " * 300)
+
+
+@given(requests=st.lists(REQUESTS, max_size=6), limit=st.sampled_from([128, 512, 2048]))
+def test_requests_scored_together_get_the_scores_they_get_alone(
+    requests, limit, make_scorer, tiny_scorer
+) -> None:
+    together = make_scorer(tokens_per_batch=limit).score_many(requests)
+    for scores, alone in zip(together, map(tiny_scorer.score, requests), strict=True):
+        assert scores.values == pytest.approx(alone.values, abs=CLOSE)
+        assert scores.truncated == alone.truncated
+
+
+@given(
+    asked=REQUESTS.filter(lambda asked: asked.candidates),
+    neighbours=st.lists(REQUESTS, min_size=1, max_size=3),
+    others=st.lists(INSTRUCTIONS, min_size=3, max_size=3),
+    place=st.integers(0, 3),
+)
+def test_no_score_depends_on_the_instruction_of_another_request(
+    asked, neighbours, others, place, tiny_scorer
+) -> None:
+    place = min(place, len(neighbours))
+    replaced = [
+        request(each.candidates, instruction=instruction, query=each.query)
+        for each, instruction in zip(neighbours, others, strict=False)
+    ]
+    scores = [
+        tiny_scorer.score_many([*beside[:place], asked, *beside[place:]])[place].values
+        for beside in (neighbours, replaced)
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=CLOSE)
+
+
+def test_requests_share_a_forward_pass_and_their_instructions_do_not_mix(make_scorer) -> None:
+    scorer = make_scorer(Watched)
+    words = ("red", "blue", "green", "")
+    requests = [request(["a fish", "a coach"], instruction=word) for word in words]
+    together = scorer.score_many(requests)
+    assert [rows for rows, _ in scorer.model.batches] == [6, 2]
+    assert len({scores.values for scores in together}) == len(words)
+    for scores, asked in zip(together, requests, strict=True):
+        assert scores.values == pytest.approx(make_scorer().score(asked).values, abs=CLOSE)
+
+
+def test_a_request_that_cannot_be_read_does_not_fail_its_neighbours(tiny_scorer) -> None:
+    good = request(["a fish", "a coach"])
+    first, bad, last = tiny_scorer.score_many([good, UNREADABLE, good], return_exceptions=True)
+    assert first.values == last.values == pytest.approx(tiny_scorer.score(good).values, abs=CLOSE)
+    assert isinstance(bad, InputError)
+    with pytest.raises(InputError, match="`query` is longer"):
+        tiny_scorer.score_many([good, UNREADABLE, good])
+
+
+def test_copies_of_trusted_lanes_count_towards_the_token_limit(make_scorer) -> None:
+    class Copying(LaneEncoder):
+        copied = 0
+
+        def score_candidates(self, ids, lanes, mask, trusted, group=None):
+            if group is not None:
+                self.copied = max(self.copied, len(group) * trusted.joined.mask.shape[1])
+            return super().score_candidates(ids, lanes, mask, trusted, group)
+
+    scorer = make_scorer(Copying, tokens_per_batch=256)
+    requests = [
+        request(
+            ["red", "blue fish"],
+            instruction="marine " * (number % 50),
+            query="red " * (50 - number % 50),
+        )
+        for number in range(1, 100)
+    ]
+    assert all(len(scores.values) == 2 for scores in scorer.score_many(requests))
+    assert 128 < scorer.model.copied <= 256
+
+
+def test_a_request_that_fills_batches_by_itself_shares_them_with_none(make_scorer) -> None:
+    class Grouped(LaneEncoder):
+        alone, beside = 0, 0
+
+        def score_candidates(self, ids, lanes, mask, trusted, group=None):
+            self.alone += len(ids) if group is None else 0
+            self.beside += 0 if group is None else len(ids)
+            return super().score_candidates(ids, lanes, mask, trusted, group)
+
+    scorer = make_scorer(Grouped, tokens_per_batch=128)
+    scorer.score_many([request(["red"]), request(["red fish " * 10] * 30), request(["blue"])])
+    assert (scorer.model.alone, scorer.model.beside) == (30, 2)
+
+
+def test_each_of_several_requests_is_told_when_it_is_scored(tiny_scorer) -> None:
+    told = []
+    requests = [
+        request(["red"] * count, progress=lambda *counts: told.append(counts)) for count in (1, 3)
+    ]
+    tiny_scorer.score_many(requests)
+    assert told == [(1, 1), (3, 3)]
+
+
 # One model, two ways through it
 
 

@@ -26,6 +26,7 @@ from lanerank.cli.evaluation import (
 from lanerank.cli.models import models_app
 from lanerank.cli.ranking import demo, rank
 from lanerank.cli.serve import serve
+from lanerank.cli.train import train
 from lanerank.errors import LanerankError
 
 app = typer.Typer(
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 measuring = (evaluate, compare, following, calibration, injection, report, snapshot, check)
-for command in (rank, rank_dataset, demo, *measuring, serve):
+for command in (rank, rank_dataset, demo, *measuring, train, serve):
     app.command()(command)
 app.add_typer(models_app, name="models")
 

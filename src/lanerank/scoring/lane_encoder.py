@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lanerank.contracts import Lane, RerankRequest, Scores
 from lanerank.errors import InputError
@@ -19,6 +22,22 @@ from lanerank.scoring.modeling_lane_encoder import (
     TrustedLanes,
     trust,
 )
+
+_TRUSTED_TOKENS = 8192
+"""Tokens of trusted lanes, padding included, that are in memory for requests scored together."""
+_CHARS_PER_TOKEN = 4
+"""About, to tell how large a request is before it is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class _TrustedIds:
+    """The token ids of the trusted lanes of a request."""
+
+    instruction: tuple[int, ...]
+    query: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.instruction) + len(self.query)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -81,50 +100,160 @@ class LaneEncoderScorer:
         Raises:
             InputError: The instruction or the query is longer than its lane, which is never cut.
         """
+        [scores] = self.score_many([request])
+        return scores
+
+    @overload
+    def score_many(
+        self, requests: Sequence[RerankRequest], *, return_exceptions: Literal[False] = False
+    ) -> list[Scores]: ...
+    @overload
+    def score_many(
+        self, requests: Sequence[RerankRequest], *, return_exceptions: bool
+    ) -> list[Scores | InputError]: ...
+    def score_many(
+        self, requests: Sequence[RerankRequest], *, return_exceptions: bool = False
+    ) -> list[Scores] | list[Scores | InputError]:
+        """Score several requests; one forward pass may hold candidates of many.
+
+        Each candidate sees the instruction and the query of its own request alone, so the scores
+        are those of one request after the other, up to rounding.
+
+        Args:
+            requests: What to score, in any mix. The `progress` of one that is scored beside others
+                is told once, at the end.
+            return_exceptions: As in `asyncio.gather`: a request that cannot be scored has its
+                error in the place of its scores, and does not stop the others.
+
+        Raises:
+            InputError: The instruction or the query of a request is longer than its lane.
+        """
+        results: list[Scores | InputError] = [Scores(())] * len(requests)
+        lanes: dict[int, _TrustedIds] = {}
+        for number, request in enumerate(requests):
+            try:
+                lanes[number] = self._trusted_ids(request.instruction, request.query)
+            except InputError as error:
+                if not return_exceptions:
+                    raise
+                results[number] = error
         with torch.inference_mode():
-            trusted = self.trusted_lanes(request.instruction, request.query)
-            logits, truncated = score_in_batches(
-                request,
-                lambda index, candidate: self.lanes.candidate(
-                    index, candidate, request.long_documents
-                ),
-                lambda batch: self._logits(batch, trusted),
-                lambda longest: self.tokens_per_batch // longest,
-            )
-        probabilities = torch.tensor(logits, dtype=torch.float64).sigmoid()
-        return Scores(tuple(probabilities.tolist()), tuple(truncated))
+            for group in self._groups(requests, lanes):
+                scored = self._score_group(
+                    [requests[number] for number in group], [lanes[number] for number in group]
+                )
+                for number, scores in zip(group, scored, strict=True):
+                    results[number] = scores
+        return results
 
     def trusted_lanes(self, instruction: str, query: str) -> TrustedLanes:
         """The trusted lanes of a request, computed without any document.
 
         The instruction lane is a function of the instruction alone, and is kept for later calls.
         """
-        rule = self.lanes.trusted(Lane.INSTRUCTION, instruction)
-        above = self._instruction(rule) if rule else None
-        ids = self.lanes.trusted(Lane.QUERY, query)
+        return self._trust([self._trusted_ids(instruction, query)])
+
+    def _trusted_ids(self, instruction: str, query: str) -> _TrustedIds:
+        lanes = _TrustedIds(
+            self.lanes.trusted(Lane.INSTRUCTION, instruction),
+            self.lanes.trusted(Lane.QUERY, query),
+        )
         room = self.model.config.max_position_embeddings
-        if len(ids) > room:
-            raise InputError(f"`query` has {len(ids)} tokens, the model reads {room}; shorten it")
-        query_lane = self._encode(Lane.QUERY, ids, above)
-        return trust(query_lane, above)
+        if len(lanes.query) > room:
+            raise InputError(
+                f"`query` has {len(lanes.query)} tokens, the model reads {room}; shorten it"
+            )
+        return lanes
+
+    def _groups(
+        self, requests: Sequence[RerankRequest], lanes: Mapping[int, _TrustedIds]
+    ) -> Iterator[list[int]]:
+        """The requests to score together: small ones that are alike."""
+        gathered: dict[bool, list[int]] = {True: [], False: []}
+        for number, trusted in lanes.items():
+            # A request that fills batches by itself best shares its trusted lanes with nobody.
+            chars = sum(len(candidate.text) for candidate in requests[number].candidates)
+            if len(lanes) == 1 or chars > _CHARS_PER_TOKEN * self.tokens_per_batch:
+                yield [number]
+            else:
+                # With an instruction the model has other weights than without.
+                gathered[bool(trusted.instruction)].append(number)
+        for alike in gathered.values():
+            group: list[int] = []
+            for number in sorted(alike, key=lambda number: len(lanes[number])):
+                if group and (len(group) + 1) * len(lanes[number]) > _TRUSTED_TOKENS:
+                    yield group
+                    group = []
+                group.append(number)
+            if group:
+                yield group
+
+    def _score_group(
+        self, requests: Sequence[RerankRequest], lanes: Sequence[_TrustedIds]
+    ) -> list[Scores]:
+        trusted = self._trust(lanes)
+        owner = [number for number, request in enumerate(requests) for _ in request.candidates]
+        alone = requests[0] if len(requests) == 1 else None
+        # Beside others, a candidate brings a copy of the trusted lanes that it attends to.
+        copied = 0 if alone or trusted.joined is None else trusted.joined.mask.shape[1]
+        logits, truncated = score_in_batches(
+            RerankRequest(
+                query="",
+                candidates=tuple(c for request in requests for c in request.candidates),
+                progress=alone.progress if alone else None,
+            ),
+            lambda index, candidate: self.lanes.candidate(
+                index, candidate, requests[owner[index]].long_documents
+            ),
+            lambda batch: self._logits(
+                batch, trusted, None if alone else [owner[window.index] for window in batch]
+            ),
+            lambda longest: self.tokens_per_batch // max(longest, copied),
+        )
+        probabilities = torch.tensor(logits, dtype=torch.float64).sigmoid().tolist()
+        scored, end = [], 0
+        for request in requests:
+            start, end = end, end + len(request.candidates)
+            scored.append(Scores(tuple(probabilities[start:end]), tuple(truncated[start:end])))
+            if request.progress is not None and alone is None:
+                request.progress(end - start, end - start)
+        return scored
+
+    def _trust(self, lanes: Sequence[_TrustedIds]) -> TrustedLanes:
+        """The trusted lanes of requests that all have an instruction, or all have none."""
+        above = None
+        if lanes[0].instruction:
+            above = _side_by_side([self._instruction(each.instruction) for each in lanes])
+        return trust(self._encode(Lane.QUERY, [each.query for each in lanes], above), above)
 
     def _instruction(self, ids: tuple[int, ...]) -> LaneStates:
         with self._cache_lock:
             if ids in self._cache:
                 self._cache.move_to_end(ids)
                 return self._cache[ids]
-        states = self._encode(Lane.INSTRUCTION, ids, None)
+        states = self._encode(Lane.INSTRUCTION, [ids], None)
         with self._cache_lock:
             self._cache[ids] = states
             while len(self._cache) > self._cached_instructions:
                 self._cache.popitem(last=False)
         return states
 
-    def _encode(self, lane: Lane, ids: Sequence[int], above: LaneStates | None) -> LaneStates:
-        row = torch.tensor([ids], dtype=torch.long, device=self.device).reshape(1, -1)
-        return self.model.encode_trusted(lane, row, torch.ones_like(row, dtype=torch.bool), above)
+    def _encode(
+        self, lane: Lane, rows: Sequence[tuple[int, ...]], above: LaneStates | None
+    ) -> LaneStates:
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for row, tokens in enumerate(rows):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = True
+        return self.model.encode_trusted(lane, ids.to(self.device), mask.to(self.device), above)
 
-    def _logits(self, batch: Sequence[TokenizedCandidate], trusted: TrustedLanes) -> Tensor:
+    def _logits(
+        self,
+        batch: Sequence[TokenizedCandidate],
+        trusted: TrustedLanes,
+        group: Sequence[int] | None,
+    ) -> Tensor:
         longest = len(batch[0])
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         lanes = torch.full_like(ids, int(Lane.DOCUMENT))
@@ -138,4 +267,22 @@ class LaneEncoderScorer:
             lanes.to(self.device),
             mask.to(self.device),
             trusted,
+            None if group is None else torch.tensor(group, device=self.device),
         )
+
+
+def _side_by_side(states: Sequence[LaneStates]) -> LaneStates:
+    """One lane of several requests, the shorter ones padded."""
+    if len(states) == 1:
+        return states[0]
+    longest = max(each.mask.shape[1] for each in states)
+
+    def padded(parts: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[2])) for part in parts], 1)
+
+    return LaneStates(
+        tuple(map(padded, zip(*(each.keys for each in states), strict=True))),
+        tuple(map(padded, zip(*(each.values for each in states), strict=True))),
+        torch.cat([F.pad(each.mask, (0, longest - each.mask.shape[1])) for each in states]),
+        torch.cat([each.total for each in states]),
+    )

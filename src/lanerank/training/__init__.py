@@ -1,0 +1,1 @@
+"""Training: judges, tournaments, quadruples, losses and the trainer."""

@@ -1,0 +1,116 @@
+"""The folder of a training run: what an interrupted run left there, and whether it may go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from lanerank.calibration import CALIBRATION_FILE
+from lanerank.errors import InputError
+from lanerank.template import LOCAL_CONTRACT
+from lanerank.training.card import CARD_FILE
+from lanerank.training.config import TrainingConfig
+from lanerank.training.report import REPORT_FILE, DataFile
+
+CHECKPOINTS = "checkpoints"
+"""The folder for checkpoints, inside that of the model."""
+
+_RUN_FILE = "run.json"
+STATE_FILE = "trainer_state.json"
+"""Where a checkpoint of `Trainer` says how far it is."""
+_WITHOUT_EFFECT = ("output", "calibrate", "card")
+"""Fields that may change between an interrupted run and its continuation."""
+_WRITTEN = (
+    *(
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+    ),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
+    *("merges.txt", "chat_template.jinja", LOCAL_CONTRACT, CALIBRATION_FILE),
+    *(REPORT_FILE, CARD_FILE),
+)
+
+
+def prepare_folder(
+    config: TrainingConfig, data: Sequence[DataFile], *, restart: bool
+) -> str | None:
+    """Make the folder ready.
+
+    Args:
+        config: What is to be trained.
+        data: The files to train and measure on.
+        restart: Delete what an earlier run left.
+
+    Returns:
+        The last checkpoint, where the same run was interrupted there.
+
+    Raises:
+        InputError: The folder holds something else.
+    """
+    output, checkpoints = config.output, config.output / CHECKPOINTS
+    record = checkpoints / _RUN_FILE
+    if output.is_dir() and any(output.iterdir()) and not record.is_file():
+        raise InputError(
+            f"`output` {str(output)!r} holds files that no training run wrote; give a new folder"
+        )
+    if restart:
+        _delete_run(output)
+    if (output / REPORT_FILE).is_file():
+        raise InputError(
+            f"`output` {str(output)!r} holds a model that is trained; give a new folder, or "
+            "restart (`--restart`) to replace it"
+        )
+    fields = config.model_dump(mode="json", exclude={*_WITHOUT_EFFECT, "train", "dev"})
+    run = {"config": fields, "data": [each.sha256 for each in data]}
+    last: str | None = get_last_checkpoint(str(checkpoints)) if record.is_file() else None
+    if last is not None:
+        before = json.loads(record.read_text(encoding="utf-8"))
+        changed = [name for name in fields if before["config"].get(name) != fields[name]]
+        changed += ["train` or `dev"] if before["data"] != run["data"] else []
+        if changed:
+            raise InputError(
+                f"`output` {str(output)!r} holds an interrupted run with another "
+                f"`{'`, `'.join(changed)}`; put that back, give a new folder, or restart "
+                "(`--restart`)"
+            )
+        return last
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    return None
+
+
+def _delete_run(output: Path) -> None:
+    """Delete what a run writes, and nothing else."""
+    for pattern in _WRITTEN:
+        for path in output.glob(pattern):
+            path.unlink()
+    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+
+
+def is_over(checkpoint: Path) -> bool:
+    """Whether training had ended, by its length or early, when a checkpoint was written."""
+    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    return bool(state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"])
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a data file.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(
+            f"`train` or `dev`: {str(path)!r} cannot be read: {error.strerror}; give files of "
+            "quadruples"
+        ) from error
