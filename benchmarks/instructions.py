@@ -84,18 +84,25 @@ def find(report: dict[str, Any], path: str) -> Estimate | None:
     return None if value is None else Estimate.model_validate(value)
 
 
+def spread(scenarios: list[Scenario], limit: int | None) -> list[Scenario]:
+    """So many scenarios, evenly spread over the files; all without a limit."""
+    if limit is None:
+        return scenarios
+    return [scenarios[i * len(scenarios) // limit] for i in range(min(limit, len(scenarios)))]
+
+
 def main() -> None:
     """Measure the systems that are not measured yet, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cross-encoder", type=Path, help="the folder `model` of its training")
-    parser.add_argument("--limit", type=int, help="use only this many scenarios")
+    parser.add_argument("--limit", type=int, help="use only this many, evenly spread")
     parser.add_argument("--judge-limit", type=int, default=20, help="scenarios for the slow judge")
     parser.add_argument("--sample", type=int, default=6000, help="documents scored under attack")
     parser.add_argument("--again", action="append", help="measure this system though it is there")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "instructions.json")
     arguments = parser.parse_args()
-    scenarios = read_development_scenarios()[: arguments.limit]
-    few = scenarios[:: max(1, len(scenarios) // arguments.judge_limit)][: arguments.judge_limit]
+    scenarios = spread(read_development_scenarios(), arguments.limit)
+    few = spread(scenarios, arguments.judge_limit)
     console = Console()
     reports: dict[str, dict[str, Any]] = {}
     if arguments.out.exists():
