@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 import typer
+from remote_servers import RerankServer, change, fail
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -19,7 +20,7 @@ import lanerank
 from lanerank import Reranker
 from lanerank.cli import app, main
 from lanerank.cli.ranking import print_ranking
-from lanerank.errors import InputError, ScorerError
+from lanerank.errors import InputError, RemoteError, ScorerError
 from lanerank.scoring.fallback import FallbackScorer
 from lanerank.service import services
 from lanerank.template import known_models
@@ -688,3 +689,44 @@ def test_models_show_names_what_is_near_an_unknown_name() -> None:
     result = models("show", "zerank2")
     assert isinstance(result.exception, InputError)
     assert "'zerank'" in str(result.exception)
+
+
+def test_rank_asks_a_service(tmp_path) -> None:
+    file = tmp_path / "documents.txt"
+    file.write_text("cats sleep all day\ntankers follow IMO rules\n", encoding="utf-8")
+    with RerankServer("vllm") as server:
+        command = ["rank", str(file), "-q", "IMO", "-i", "tankers", "--json"]
+        command += ["--service", "vllm", "--url", server.url, "--model", "some/model"]
+        result = CliRunner().invoke(app, command, env=WIDE, catch_exceptions=False)
+        ranking = strict_json(result.stdout)
+        assert ranking["instruction_applied"] == "lane"
+        assert [each["index"] for each in ranking["results"]] == [1, 0]
+        assert server.seen[-1].body["instruction"] == "tankers"
+
+        assert len(server.seen) == 4
+        CliRunner().invoke(app, [*command, "--no-probe"], env=WIDE, catch_exceptions=False)
+        assert len(server.seen) == 5
+        server.script.append(fail(400))
+        assert isinstance(CliRunner().invoke(app, command, env=WIDE).exception, RemoteError)
+
+
+def test_rank_keeps_the_order_where_a_service_fails_if_told_to(tmp_path) -> None:
+    file = tmp_path / "documents.txt"
+    file.write_text("cats sleep all day\ntankers follow IMO rules\n", encoding="utf-8")
+    with RerankServer("vllm") as server:
+        command = ["rank", str(file), "-q", "IMO", "--on-error", "input_order", "--json"]
+        command += ["--service", "vllm", "--url", server.url, "--model", "some/model"]
+        as_it_is = change(lambda answer: answer)
+        # The probe asks three times before the ranking does.
+        server.script += [as_it_is, as_it_is, as_it_is, fail(400)]
+        result = CliRunner().invoke(app, command, env=WIDE, catch_exceptions=False)
+    ranking = strict_json(result.stdout)
+    assert [each["index"] for each in ranking["results"]] == [0, 1]
+    assert "status 400" in ranking["degraded"]
+    assert "nothing was scored" in result.stderr
+
+
+def test_rank_refuses_an_address_without_a_service() -> None:
+    result = CliRunner().invoke(app, ["rank", "-q", "x", "--url", "http://localhost:1"], input="a")
+    assert isinstance(result.exception, InputError)
+    assert "`--service`" in str(result.exception)

@@ -306,6 +306,8 @@ class Reranker:
                 self.scorer.name,
                 reprlib.repr(non_finite),
             )
+        if scores.degraded is not None:
+            log.warning("the input's order is kept, nothing was scored: %s", scores.degraded)
         cut = scores.truncated or (False,) * len(items)
         return Ranking(
             results=tuple(

@@ -32,6 +32,7 @@ from lanerank.contracts import LongDocuments, Ranking
 from lanerank.errors import FileFormatError, InputError
 from lanerank.instruction import Instruction
 from lanerank.reranker import Reranker
+from lanerank.scoring.fallback import OnError
 
 
 def rank(
@@ -61,6 +62,19 @@ def rank(
         LongDocuments, typer.Option(help="Cut long documents, or score windows of them.")
     ] = "truncate",
     on_unsupported: UnsupportedOption = "raise",
+    service: Annotated[
+        str | None,
+        typer.Option(
+            help="Let a service rank: a name of `lanerank models --services`, or a JSON file."
+        ),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Where the service runs; a hosted one knows by itself.")
+    ] = None,
+    on_error: Annotated[OnError, typer.Option(help="What happens if the service fails.")] = "raise",
+    probe: Annotated[
+        bool, typer.Option(help="Check first that an instruction reaches the service's model.")
+    ] = True,
     as_json: JsonFlag = False,
 ) -> None:
     """Rank the documents of a file, best first.
@@ -69,9 +83,22 @@ def rank(
     objects need a `text` and may have an `id` and `metadata`; their other keys count as metadata.
     """
     documents = list(_read_documents(file))
-    reranker = Reranker.from_pretrained(
-        model, device=device, long_documents=long_documents, on_unsupported=on_unsupported
-    )
+    if service is not None:
+        # A key comes from the environment: on the command line, every user of the machine sees it.
+        reranker = Reranker.from_url(
+            url,
+            service=service,
+            model=model,
+            on_error=on_error,
+            probe=probe,
+            on_unsupported=on_unsupported,
+        )
+    elif url is not None:
+        raise InputError("`--url` is given without `--service`; say what runs there, such as vllm")
+    else:
+        reranker = Reranker.from_pretrained(
+            model, device=device, long_documents=long_documents, on_unsupported=on_unsupported
+        )
     with progress_bar("Ranking", len(documents)) as progress:
         ranking = reranker.rank(
             query,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,8 +10,6 @@ from lanerank.errors import ScorerError
 
 OnError = Literal["raise", "input_order"]
 """What a failing scorer does to a ranking: raise, or keep the input's order and flag it."""
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,5 +52,4 @@ class FallbackScorer:
             return self._degraded(request, error)
 
     def _degraded(self, request: RerankRequest, error: ScorerError) -> Scores:
-        log.warning("%d documents keep the input's order: %s", len(request.candidates), error)
         return Scores((0.0,) * len(request.candidates), degraded=str(error))

@@ -9,6 +9,7 @@ import asyncio
 import json
 import math
 import os
+import ssl
 import threading
 import time
 import weakref
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cache
 from queue import LifoQueue
 from typing import Any
 
@@ -276,13 +278,14 @@ class Transport:
             },
             "limits": httpx.Limits(max_connections=self.concurrency),
             "timeout": httpx.Timeout(self.timeout, pool=None),
+            "verify": _certificates(),
         }
 
     def _of_process(self) -> _Shared:
         """The connections of this process: one that was forked must not use its parent's."""
         with self._lock:
             if self._shared is None or self._shared.process != os.getpid():
-                options = {**self._options(), "verify": httpx.create_ssl_context()}
+                options = self._options()
                 slots = _Slots(lambda: httpx.Client(**options), self.concurrency)
                 threads = ThreadPoolExecutor(self.concurrency, "lanerank-remote")
                 end = weakref.finalize(self, _end, slots, threads)
@@ -413,6 +416,12 @@ class _Authorization(httpx.Auth):
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         request.headers[self._shape.header] = self._shape.prefix + self._key.get_secret_value()
         yield request
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Whom to trust, read once: that takes longer than many a request."""
+    return httpx.create_ssl_context()
 
 
 def find_address(url: str | None, contract: ServiceContract) -> str:
