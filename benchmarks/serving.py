@@ -4,8 +4,9 @@ The workload: 2,000 requests of 10 documents of about 90 tokens, each client und
 its own that has about 60. Measured in one run, on one machine:
 
 - the core, one request after the other, and 32 of them at a time with `score_many`;
-- the server with 1 client and with 64, over HTTP on the loopback address. The clients run on the
-  same processor cores as the server, and what they take is taken from it;
+- the server with 1 client and with 64, over HTTP on the loopback address: with one copy of the
+  model that has all cores, and with a copy for each core. The clients run on the same cores, and
+  what they take is taken from the server;
 - the HTTP process alone, over a scorer that answers at once, which shows how far one of them goes.
 
 Every answer is compared with the core's, so a lost request or a mixed-up instruction ends the run.
@@ -38,7 +39,7 @@ from rich.table import Table
 from lanerank import Reranker
 from lanerank.contracts import Candidate, RerankRequest, Scores
 from lanerank.scoring.lane_encoder import LaneEncoderScorer, default_dtype
-from lanerank.serving import ServerSettings, create_app, running
+from lanerank.serving import Replicas, ServerSettings, create_app, running
 
 HERE = Path(__file__).parent
 TOPICS = (
@@ -198,15 +199,35 @@ def measure_server(
     rows = []
     with running(ServerSettings(port=free_port())) as url:
         asyncio.run(ask_all(url, bodies[:clients], 1))
-        for several in (1, clients):
-            share = bodies if several > 1 else bodies[: len(bodies) // 10]
-            before = batches(url)
-            seconds, times, scores = asyncio.run(ask_all(url, share, several))
-            check(scores, expected[: len(share)])
-            name = f"server, {several} client{'s' if several > 1 else ''}"
-            rows.append(measured(name, seconds, times, documents))
-            after = batches(url)
+        share = bodies[: len(bodies) // 10]
+        seconds, times, scores = asyncio.run(ask_all(url, share, 1))
+        check(scores, expected[: len(share)])
+        rows.append(measured("server, 1 client", seconds, times, documents))
+        before = batches(url)
+        seconds, times, scores = asyncio.run(ask_all(url, bodies, clients))
+        check(scores, expected)
+        rows.append(measured(f"server, {clients} clients", seconds, times, documents))
+        after = batches(url)
     return rows, (after[0] - before[0]) / (after[1] - before[1])
+
+
+def measure_copies(
+    bodies: list[dict[str, Any]],
+    expected: list[tuple[float, ...]],
+    documents: int,
+    clients: int,
+) -> Measured:
+    """The server with a copy of the model for each core."""
+    copies = os.cpu_count() or 1
+    settings = ServerSettings(
+        port=free_port(), replicas=Replicas(min=copies, max=copies), num_cpus=1
+    )
+    with running(settings) as url:
+        asyncio.run(ask_all(url, bodies[: 4 * clients], clients))
+        seconds, times, scores = asyncio.run(ask_all(url, bodies, clients))
+        check(scores, expected)
+    name = f"server, {clients} clients, {copies} copies of 1 thread"
+    return measured(name, seconds, times, documents)
 
 
 def batches(url: str) -> tuple[float, float]:
@@ -269,7 +290,11 @@ def main() -> None:
     trusted = [len(scorer.lanes.content(bodies[0][lane])) for lane in ("instruction", "query")]
     rows, expected = measure_core(scorer, bodies, arguments.documents)
     served, together = measure_server(bodies, expected, arguments.documents, arguments.clients)
-    rows += [*served, measure_http(bodies, arguments.documents, arguments.clients)]
+    rows += [
+        *served,
+        measure_copies(bodies, expected, arguments.documents, arguments.clients),
+        measure_http(bodies, arguments.documents, arguments.clients),
+    ]
     console = Console()
     table = Table()
     for heading in ("way", "requests/s", "documents/s", "p50 ms", "p99 ms"):
@@ -297,6 +322,7 @@ def main() -> None:
         },
         "machine": {
             "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
             "processor": platform.processor() or platform.machine(),
             "load_before": load,
             "dtype": str(default_dtype(torch.device("cpu"))),

@@ -343,6 +343,11 @@ def model_processes() -> set[int]:
     }
 
 
+def test_the_model_is_not_put_behind_other_programs(server) -> None:
+    [process] = model_processes()
+    assert psutil.Process(process).nice() == psutil.Process().nice()
+
+
 def test_a_model_that_dies_is_replaced(server, core) -> None:
     body = {"query": "red fish", "documents": FISH, "instruction": "marine team only"}
     [process] = model_processes()

@@ -31,6 +31,8 @@ ENVIRONMENT = {
     # the name says; but for one of each process of Serve, which asks for Ray's token.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray would put the model behind everything else that runs on the machine.
+    "RAY_worker_niceness": "0",
     # Ray kills an HTTP process that needs longer to start, as it may on a busy machine.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
