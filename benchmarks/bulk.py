@@ -29,9 +29,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Ray puts its workers behind everything else on the machine; here they are compared with it.
-os.environ.setdefault("RAY_worker_niceness", "0")
-
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq

@@ -21,6 +21,13 @@ from lanerank.errors import BulkError, InputError, LanerankError, MissingExtraEr
 Concurrency = int | tuple[int, int] | None
 """How many workers: a number, the least and the most, or whatever there is room for."""
 
+_ENVIRONMENT = {
+    # Nothing tells a third party what runs here.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray would put the workers behind everything else; whoever wants that has `nice`.
+    "RAY_worker_niceness": "0",
+}
+"""Of a Ray that is started here, unless the user says otherwise."""
 _KEPT = "what is done is kept, and the same call goes on from there"
 _OUTCOME: TypeAdapter[ShardRecord | Failure] = TypeAdapter(ShardRecord | Failure)
 
@@ -138,8 +145,8 @@ def _cluster() -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    # Unless the user says otherwise, nothing tells a third party what runs here.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     # What Ray tells of its own work would come between the lines of a progress bar.
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
