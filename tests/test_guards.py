@@ -78,6 +78,12 @@ def test_imports_of_the_package_itself_are_kept(copy: Path) -> None:
         pytest.param(
             "evaluation/__init__.py", "import lanerank.checkpoint", "torch-free", id="indirect"
         ),
+        pytest.param(
+            "training/checks.py",
+            "from lanerank.training import losses",
+            "torch-free",
+            id="training-data",
+        ),
         pytest.param("scoring/__init__.py", "import langchain_core", "no-frameworks", id="plugin"),
         pytest.param("cli/__init__.py", "import lanerank", "no-root", id="root"),
     ],

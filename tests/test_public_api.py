@@ -74,7 +74,7 @@ def heavy_modules_after(code: str) -> set[str]:
     """Which of the heavy modules a fresh interpreter has loaded after running the code."""
     code += "\nimport json, sys\nprint(json.dumps(list(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return HEAVY & set(json.loads(run.stdout))
+    return HEAVY & set(json.loads(run.stdout.splitlines()[-1]))
 
 
 def test_heavy_module_would_be_seen() -> None:
@@ -88,3 +88,47 @@ def test_import_stays_light() -> None:
 def test_looking_at_every_public_name_stays_light() -> None:
     code = "import lanerank\nfor name in lanerank.__all__: getattr(lanerank, name)"
     assert heavy_modules_after(code) == set()
+
+
+def test_data_and_judges_of_training_do_without_torch() -> None:
+    code = "from lanerank.training import *"
+    assert "torch" in heavy_modules_after(code)
+    code = (
+        "import lanerank.training as t\nt.check, t.Judge, t.fit_tournament, t.read_config, dir(t)"
+    )
+    assert heavy_modules_after(code) & {"torch", "transformers", "accelerate"} == set()
+
+
+def test_every_name_of_training_is_there() -> None:
+    from lanerank import training
+
+    assert len(set(training.__all__)) == len(training.__all__)
+    assert set(training.__all__) <= set(dir(training))
+    values = {name: getattr(training, name) for name in training.__all__}
+    explained = [
+        value for value in values.values() if inspect.isroutine(value) or inspect.isclass(value)
+    ]
+    assert len(explained) > 50
+    assert [value for value in explained if not inspect.getdoc(value)] == []
+    assert training.train.__module__ == "lanerank.training.trainer"
+    with pytest.raises(AttributeError, match="Trianer"):
+        training.Trianer  # noqa: B018
+
+
+def test_commands_for_data_do_without_torch(tmp_path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"query": "q", "instruction": null, "document": "d", "score": 1}\n')
+    code = f"from lanerank.cli import app\napp(['data', 'check', {str(rows)!r}, '--json'], "
+    code += "standalone_mode=False)\nprint()"
+    assert heavy_modules_after(code) & {"torch", "transformers", "accelerate"} == set()
+
+
+@pytest.mark.parametrize("absent", [("stamina",), ("scipy", "choix")])
+def test_training_names_its_extra(absent: tuple[str, ...]) -> None:
+    code = f"import sys\nfor name in {absent!r}: sys.modules[name] = None\n"
+    code += "from lanerank.errors import MissingExtraError\n"
+    code += "try: import lanerank.training\nexcept MissingExtraError as error: print(error)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    named = " and ".join(sorted(absent))
+    assert f"`lanerank.training` needs {named}, not installed here" in run.stdout
+    assert 'pip install "lanerank[train]"' in run.stdout

@@ -10,6 +10,7 @@
     + ModelLoadError                     weights or configuration are missing, corrupt or refused
     + ScorerError                        a scorer did not give one number for each candidate
       - RemoteError                      nor did a service; carries `service`, `url` and `status`
+    + JudgeError                         a judge gave no usable answer; carries `judge` and `cost`
   x BulkError (also RuntimeError)        a run over a data set cannot begin or go on
   x MissingExtraError (also ImportError) an optional dependency is not installed
 
@@ -93,6 +94,21 @@ class RemoteError(ScorerError):
         self.url = url
         self.status = status
         self.retry_after = retry_after
+
+
+class JudgeError(ModelError):
+    """A judge gave no usable answer to a question.
+
+    Attributes:
+        judge: The judge's name.
+        cost: What its attempts took, a `lanerank.training.Cost`.
+    """
+
+    def __init__(self, message: str, *, judge: str = "", cost: object = None) -> None:
+        """Keep the facts beside the message."""
+        super().__init__(message)
+        self.judge = judge
+        self.cost = cost
 
 
 class BulkError(LanerankError, RuntimeError):

@@ -310,6 +310,19 @@ def test_the_card_has_data_measures_and_limits(trained) -> None:
     assert ("no lane for the instruction" in card) is (kind == "cross_encoder")
 
 
+def test_nothing_that_is_published_names_a_folder_of_this_machine(trained, data) -> None:
+    _, output, report = trained
+    # The data lie beside the folder of all models.
+    assert report.config.train == (Path("..") / data.name / "train.jsonl",)
+    assert report.config.output == Path(output.name)
+    files = [path for path in output.iterdir() if path.is_file()]
+    texts = {path: path.read_bytes() for path in files}
+    texts[output / "run.json"] = (output / "checkpoints" / "run.json").read_bytes()
+    assert "training.json" in {path.name for path in files}
+    here = str(output.parents[1]).encode()
+    assert [path.name for path, text in texts.items() if here in text] == []
+
+
 def test_the_saved_folder_has_no_pickle(trained) -> None:
     _, output, _ = trained
     kinds = {path.suffix for path in output.iterdir() if path.is_file()}
@@ -512,9 +525,10 @@ def test_accumulated_batches_are_one_large_batch(configure) -> None:
 
 
 def test_bfloat16_trains_too(configure) -> None:
-    report = train(configure(precision="bfloat16", steps=4))
+    config = configure(precision="bfloat16", steps=4)
+    report = train(config)
     assert report.after.non_finite == 0
-    assert weights(report.config.output)["head_output.weight"].dtype == torch.float32
+    assert weights(config.output)["head_output.weight"].dtype == torch.float32
 
 
 # Early stopping, and what a folder holds

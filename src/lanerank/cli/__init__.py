@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from lanerank.cli.bulk import rank_dataset
 from lanerank.cli.console import err, out
+from lanerank.cli.data import data_app
 from lanerank.cli.evaluation import (
     calibration,
     check,
@@ -23,6 +24,7 @@ from lanerank.cli.evaluation import (
     report,
     snapshot,
 )
+from lanerank.cli.judge import judge
 from lanerank.cli.models import models_app
 from lanerank.cli.ranking import demo, rank
 from lanerank.cli.serve import serve
@@ -38,8 +40,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 measuring = (evaluate, compare, following, calibration, injection, report, snapshot, check)
-for command in (rank, rank_dataset, demo, *measuring, train, serve):
+for command in (rank, rank_dataset, demo, *measuring, judge, train, serve):
     app.command()(command)
+app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 from lanerank.evaluation.measures import Estimate
 from lanerank.training.config import TrainingConfig
+from lanerank.training.markdown import table
 from lanerank.training.report import TrainingReport
 
 CARD_FILE = "README.md"
@@ -112,18 +112,18 @@ def _measures(report: TrainingReport) -> str:
             f"Intervals: {report.after.interval}. The same data chose the checkpoint, so the "
             "figures are a little too good; measure on data of your own."
             + (" The calibrator was fitted on them as well." if report.calibrator else ""),
-            _table(("measure", "before training", "after", "n"), rows),
+            table(("measure", "before training", "after", "n"), rows),
         ]
     )
 
 
 def _data(report: TrainingReport) -> str:
     sources = report.config.card.data
-    listed = _table(
+    listed = table(
         ("name", "licence", "source"), [(each.name, each.licence, each.source) for each in sources]
     )
     stated = listed if sources else "Sources and licences: not stated by those who trained it."
-    files = _table(("file", "SHA-256"), [(f"`{each.name}`", each.sha256) for each in report.data])
+    files = table(("file", "SHA-256"), [(f"`{each.name}`", each.sha256) for each in report.data])
     return "\n\n".join(
         [
             f"{report.rows} quadruples (query, instruction, document, score) of {report.queries} "
@@ -137,7 +137,7 @@ def _data(report: TrainingReport) -> str:
 def _training(report: TrainingReport) -> str:
     config = report.config
     weights = config.loss_weights
-    losses = _table(
+    losses = table(
         ("loss", "weight", "terms in one pass"),
         [(name, f"{weights[name]:g}", str(count)) for name, count in report.terms.items()],
     )
@@ -196,9 +196,3 @@ def _meaning(name: str) -> str:
 
 def _cell(value: Estimate | None) -> str:
     return f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})" if value else ""
-
-
-def _table(names: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [names, tuple("---" for _ in names), *rows]
-    cells = ([" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

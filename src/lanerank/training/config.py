@@ -13,7 +13,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    StrictStr,
     ValidationError,
     ValidationInfo,
     model_validator,
@@ -21,6 +20,7 @@ from pydantic import (
 
 from lanerank.calibration import CalibrationMethod
 from lanerank.errors import FileFormatError, InputError
+from lanerank.evaluation.scenarios import NotBlank
 
 ModelKind = Literal["lane_encoder", "cross_encoder", "causal_lm"]
 """What is trained; see `TrainingConfig.kind`."""
@@ -40,15 +40,8 @@ def _beside_config(path: Path, info: ValidationInfo) -> Path:
     return Path(os.path.normpath(folder / path.expanduser()))
 
 
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("expected some text")
-    return text
-
-
 _File = Annotated[Path, AfterValidator(_beside_config)]
 _Files = Annotated[tuple[_File, ...], Field(min_length=1)]
-_Text = Annotated[StrictStr, AfterValidator(_not_blank)]
 _Count = Annotated[int, Field(strict=True, ge=1)]
 _Weight = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 _Rate = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
@@ -113,7 +106,7 @@ class LoraSettings(BaseModel):
     alpha: _Rate = 32.0
     """The differences are scaled by `alpha / rank`."""
     dropout: _Share = 0.05
-    target_modules: _Text | tuple[_Text, ...] = "all-linear"
+    target_modules: NotBlank | tuple[NotBlank, ...] = "all-linear"
     """Which layers get them, as in peft."""
 
 
@@ -122,8 +115,8 @@ class DataSource(BaseModel):
 
     model_config = _CLOSED
 
-    name: _Text
-    licence: _Text
+    name: NotBlank
+    licence: NotBlank
     source: str = ""
     """An address or a citation."""
 
@@ -135,14 +128,14 @@ class CardSettings(BaseModel):
 
     name: str = ""
     """The model's name; by default that of the output folder."""
-    licence: _Text | None = None
+    licence: NotBlank | None = None
     """The model's licence, as an SPDX identifier."""
-    languages: tuple[_Text, ...] = ()
+    languages: tuple[NotBlank, ...] = ()
     """Language codes, such as `"en"`."""
     base_model: str = ""
     """Where the starting model comes from: a hub id or a citation."""
     intended_use: str = ""
-    limits: tuple[_Text, ...] = ()
+    limits: tuple[NotBlank, ...] = ()
     """What the model is bad at, one sentence each; they join those that the run found."""
     data: tuple[DataSource, ...] = ()
 
@@ -152,7 +145,7 @@ class TrainingConfig(BaseModel):
 
     model_config = _CLOSED
 
-    model: _Text
+    model: NotBlank
     """The folder to start from, or `"lanerank-mini"`. For a lane encoder also the folder of a
     BERT-shaped bi-encoder."""
     kind: ModelKind
@@ -164,7 +157,7 @@ class TrainingConfig(BaseModel):
     """Files of quadruples with other queries, for evaluation, early stopping and calibration."""
     output: _File
     """The folder for the model. Checkpoints go into its `checkpoints`."""
-    contract: _Text | None = None
+    contract: NotBlank | None = None
     """How a causal language model is asked: a model id or family that lanerank knows, or a JSON
     file. By default the `lanerank.json` in the folder of `model`."""
 
@@ -246,6 +239,32 @@ class TrainingConfig(BaseModel):
         """The learning rates of the body and of the head."""
         body, head = _RATES[self.kind]
         return self.learning_rate or body, self.head_learning_rate or head
+
+    def relative_to(self, folder: Path) -> TrainingConfig:
+        """The same with every path relative to a folder, as it can be published.
+
+        A path on another drive, which no relative path leads to, keeps its name only.
+        """
+
+        def near(path: str | Path) -> Path:
+            try:
+                return Path(os.path.relpath(path, folder))
+            except ValueError:
+                return Path(Path(path).name)
+
+        changes: dict[str, object] = {
+            "train": tuple(map(near, self.train)),
+            "dev": tuple(map(near, self.dev)),
+            "output": near(self.output),
+        }
+        if self.model != EMBEDDED_MODEL:
+            changes["model"] = str(near(self.model))
+        if self.contract is not None and self.contract.endswith(".json"):
+            changes["contract"] = str(near(self.contract))
+        if self.injection is not None:
+            attacks = near(self.injection.attacks)
+            changes["injection"] = self.injection.model_copy(update={"attacks": attacks})
+        return self.model_copy(update=changes)
 
 
 def read_config(path: str | Path) -> TrainingConfig:

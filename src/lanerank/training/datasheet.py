@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from lanerank.display import one_line
 from lanerank.errors import InputError
 from lanerank.evaluation.scenarios import LANE_KINDS
 from lanerank.training.checks import check
 from lanerank.training.findings import Finding, words
+from lanerank.training.markdown import plain, table
 from lanerank.training.quadruples import Quadruple, group_by_query
 
 _UNNAMED = "not named"
 _BINS = 10
 _BAR = 30
 _ROUNDING = 1e-9
-_MARKUP = re.compile(r"([\\`*_{}\[\]<>|#~!&])")
 
 
 def datasheet(
@@ -56,7 +54,7 @@ def datasheet(
         )
     sides = {"training": rows} if dev is None else {"training": rows, "development": dev}
     sections = [
-        f"# {_safe(title)}",
+        f"# {plain(title)}",
         "Generated from the rows by `lanerank.training.datasheet`. One row is a query, an "
         "instruction or none, a document, and a score from 0 (not relevant) to 1 (exactly what is "
         "wanted).",
@@ -87,7 +85,7 @@ def _contents(sides: Mapping[str, Sequence[Quadruple]]) -> str:
     lines = [(name, *(each[name] for each in counts)) for name in counts[0]]
     total = sum(map(len, sides.values()))
     lines.append(("share of the rows", *(f"{len(rows) / total:.1%}" for rows in sides.values())))
-    return _table(("", *sides), lines)
+    return table(("", *sides), lines)
 
 
 def _counts(rows: Sequence[Quadruple]) -> dict[str, str]:
@@ -107,13 +105,13 @@ def _counts(rows: Sequence[Quadruple]) -> dict[str, str]:
 
 def _sources(rows: Sequence[Quadruple], licences: Mapping[str, str]) -> str:
     counts = Counter(row.source for row in rows)
-    return _table(
+    return table(
         ("source", "rows", "licence"),
         [
             (
-                _UNNAMED if source is None else _safe(source),
+                _UNNAMED if source is None else plain(source),
                 f"{number:,}",
-                _safe(licences.get(source or "", "not stated")),
+                plain(licences.get(source or "", "not stated")),
             )
             for source, number in counts.most_common()
         ],
@@ -122,7 +120,7 @@ def _sources(rows: Sequence[Quadruple], licences: Mapping[str, str]) -> str:
 
 def _kinds(rows: Sequence[Quadruple]) -> str:
     counts = Counter(row.kind for row in rows)
-    return _table(
+    return table(
         ("kind", "rows", "mean score"),
         [
             (
@@ -160,7 +158,7 @@ def _lengths(rows: Sequence[Quadruple]) -> str:
             counts = [len(words(text)) for text in different]
             quantiles = np.percentile(counts, [5, 50, 95, 100])
             lines.append((name, *(f"{number:.0f}" for number in quantiles)))
-    return "Words of the different texts, at percentiles.\n\n" + _table(
+    return "Words of the different texts, at percentiles.\n\n" + table(
         ("", "5", "50", "95", "longest"), lines
     )
 
@@ -174,20 +172,10 @@ def _checks(findings: Iterable[Finding]) -> str:
         lines.append((finding.check, finding.severity, value, finding.message))
         if finding.severity != "ok":
             notes.append(f"- **{finding.check}** ({finding.severity}): {finding.remedy}.")
-            notes += [f"  - {_safe(example)}" for example in finding.examples]
-    table = _table(("check", "result", "value", "what it is"), lines)
-    return "\n\n".join([table, "\n".join(notes)] if notes else [table])
+            notes += [f"  - {plain(example)}" for example in finding.examples]
+    found = table(("check", "result", "value", "what it is"), lines)
+    return "\n\n".join([found, "\n".join(notes)] if notes else [found])
 
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value.is_integer() else f"{value:.3g}"
-
-
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    every = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in every)
-
-
-def _safe(text: str) -> str:
-    """A text on one line that Markdown and HTML take as it is."""
-    return _MARKUP.sub(r"\\\1", one_line(text, 400))

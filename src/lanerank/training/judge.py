@@ -7,18 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import stamina
+
 from lanerank.display import one_line
-from lanerank.errors import InputError, MissingExtraError, ModelError
+from lanerank.errors import InputError, JudgeError
 from lanerank.lanes import clean_text
 from lanerank.training.questions import Question, read_answer
 from lanerank.training.verdicts import Cost, Verdict
-
-try:
-    import stamina
-except ModuleNotFoundError as error:
-    raise MissingExtraError(
-        'judges need stamina, not installed here. Install the extra: pip install "lanerank[train]"'
-    ) from error
 
 _REMINDER = """
 
@@ -27,21 +22,6 @@ Your last reply could not be read. Reply with one JSON object and nothing else: 
 
 _MOST_SECONDS = 30.0
 _QUOTE_WIDTH = 200
-
-
-class JudgeError(ModelError):
-    """A judge gave no usable answer to a question.
-
-    Attributes:
-        judge: The judge's name.
-        cost: What its attempts took.
-    """
-
-    def __init__(self, message: str, *, judge: str = "", cost: Cost | None = None) -> None:
-        """Keep the facts beside the message."""
-        super().__init__(message)
-        self.judge = judge
-        self.cost = cost or Cost()
 
 
 @dataclass(frozen=True, slots=True)

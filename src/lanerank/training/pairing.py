@@ -11,7 +11,7 @@ from itertools import combinations, pairwise
 import numpy as np
 
 from lanerank.errors import InputError
-from lanerank.training.questions import Entry
+from lanerank.training.quadruples import Entry
 
 _DRAWS = 32
 

@@ -15,10 +15,11 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lanerank.errors import InputError
+from lanerank.errors import InputError, JudgeError
 from lanerank.evaluation.measures import Estimate, estimate_mean
-from lanerank.training.judge import Judge, JudgeError
-from lanerank.training.questions import PROMPT_VERSION, Entry, Question
+from lanerank.training.judge import Judge
+from lanerank.training.quadruples import Entry
+from lanerank.training.questions import PROMPT_VERSION, Question
 from lanerank.training.verdicts import Cost, Verdict, VerdictStore
 
 Order = Literal["random", "both"]
@@ -28,6 +29,7 @@ JudgeProgress = Callable[[int, int, Cost], None]
 """Called after each question with the number done, the number in all, and what they took."""
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
+_LEANING = 0.1
 
 
 class Vote(BaseModel):
@@ -106,6 +108,22 @@ class Judgements(BaseModel):
     judge_agreement: Estimate | None
     """Over two judges and a pair, the share that prefer the same entry, ties not counted; `None`
     for a single judge."""
+
+    def warnings(self) -> list[str]:
+        """What a person should know of the judges, a sentence each."""
+        found = []
+        if self.failures:
+            found.append(
+                f"{len(self.failures)} questions have no answer; the first: {self.failures[0]}."
+            )
+        bias = self.position_bias
+        if bias and abs(bias.value) >= _LEANING and not bias.low <= 0 <= bias.high:
+            place = "first" if bias.value > 0 else "second"
+            found.append(
+                f"The judges lean to the entry shown {place} (mean preference "
+                f"{abs(bias.value):.2f}); ask each pair in both orders."
+            )
+        return found
 
 
 class JudgePanel:
@@ -295,7 +313,8 @@ class _Ballot:
         return Vote(
             judge=self.judge.name,
             shown_first="second" if self.swapped else "first",
-            preference=-verdict.preference if self.swapped else verdict.preference,
+            # From 0, since the negative of a tie would be -0.0.
+            preference=0.0 - verdict.preference if self.swapped else verdict.preference,
             reason=verdict.reason,
         )
 
@@ -360,7 +379,8 @@ class _Run:
         try:
             verdict = job.result()
         except JudgeError as error:
-            self.cost += error.cost
+            if isinstance(error.cost, Cost):
+                self.cost += error.cost
             self.failures.append(str(error))
             if len(self.failures) > self._max_failures:
                 raise

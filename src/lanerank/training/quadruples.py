@@ -1,8 +1,8 @@
 """Quadruples: what a reranker that follows instructions is trained on, read, checked and written.
 
-A quadruple says how well one document answers one query under one instruction. Rows of the same
-query form a group: a document under several instructions shows what an instruction changes, the
-documents under one instruction are a list to order.
+A quadruple says how well one document answers one query under one instruction; an entry is one that
+has no score yet. Rows of the same query form a group: a document under several instructions shows
+what an instruction changes, the documents under one instruction are a list to order.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING, Annotated, Any, Self
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import AfterValidator, Field, JsonValue, StrictStr, model_validator
 
+from lanerank.display import one_line
 from lanerank.errors import FileFormatError, InputError, MissingExtraError
 from lanerank.evaluation.scenarios import (
     Day,
@@ -30,7 +31,13 @@ from lanerank.evaluation.scenarios import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
+Format = Literal[".jsonl", ".jsonl.gz", ".parquet"]
+"""How quadruples are written; the end of a file's name says which."""
+
+_FORMATS: tuple[Format, ...] = get_args(Format)
 _ROW_GROUP = 16_384
+_NAME_WIDTH = 60
+_EntryT = TypeVar("_EntryT", bound="Entry")
 
 
 def _encodable(text: str) -> str:
@@ -64,8 +71,8 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 """A finite number, not one in quotes."""
 
 
-class Quadruple(Record):
-    """How well a document answers a query under an instruction.
+class Entry(Record):
+    """A document under a request: what judges compare, and what a `Quadruple` scores.
 
     Fields that may be left out may also be `None`, which says the same.
     """
@@ -73,11 +80,9 @@ class Quadruple(Record):
     query: Text
     """What the searcher typed."""
     instruction: Text | None
-    """The instruction under which the score holds; `None` without one. It cannot be left out."""
+    """What relevance means here; `None` without an instruction. It cannot be left out."""
     document: Text
     """The retrieved text."""
-    score: Annotated[Number, Field(ge=0, le=1)]
-    """From 0, not relevant, to 1, exactly what is wanted; the same scale for all rows."""
     query_id: Text | None = None
     """What the rows of a query have in common; by default the text of the query."""
     document_id: Text | None = None
@@ -87,17 +92,11 @@ class Quadruple(Record):
     )
     """What an index would know about the document."""
     attributes: Annotated[tuple[Text, ...], AfterValidator(_distinct)] = ()
-    """The fields of `metadata` that the model may see; none by default."""
+    """The fields of `metadata` that judge and model may see; none by default."""
     today: Day = None
     """The date on which the search happens; `None` where the time plays no part."""
     kind: LaneKind | None = None
-    """What the instruction is for; `None` where that is not known."""
-    weight: Annotated[Number, Field(gt=0)] = 1.0
-    """How much the row counts in training, against 1 for the others."""
-    source: Text | None = None
-    """Where the row comes from, such as a data set or a judge."""
-    uncertainty: Annotated[Number, Field(ge=0)] | None = None
-    """The standard error of `score`; `None` where that is not known."""
+    """What the instruction is for; `None` where that is not known. No judge or model sees it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -125,6 +124,41 @@ class Quadruple(Record):
     def document_key(self) -> str:
         """What tells the documents of a query apart: `document_id`, else the text."""
         return self.document if self.document_id is None else self.document_id
+
+    @property
+    def request_key(self) -> tuple[str, str, str, str]:
+        """What tells requests apart: query, its text, the instruction and the date."""
+        return (self.query_key, self.query, self.instruction or "", str(self.today or ""))
+
+    def as_quadruple(
+        self, *, score: float, uncertainty: float | None = None, source: str | None = None
+    ) -> Quadruple:
+        """The entry with a score."""
+        fields = {name: getattr(self, name) for name in Entry.model_fields}
+        return Quadruple(**fields, score=score, uncertainty=uncertainty, source=source)
+
+    def __str__(self) -> str:
+        """The entry on one line, for messages."""
+        parts = [one_line(self.query, _NAME_WIDTH)]
+        if self.instruction:
+            parts.append(one_line(self.instruction, _NAME_WIDTH))
+        return f"{' | '.join(parts)} | {one_line(self.document_key, _NAME_WIDTH)}"
+
+
+class Quadruple(Entry):
+    """How well a document answers a query under an instruction."""
+
+    score: Annotated[Number, Field(ge=0, le=1)]
+    """From 0, not relevant, to 1, exactly what is wanted; the same scale for all rows."""
+    weight: Annotated[Number, Field(gt=0)] = 1.0
+    """How much the row counts in training, against 1 for the others."""
+    source: Text | None = None
+    """Where the row comes from, such as a data set or a judge."""
+    uncertainty: Annotated[Number, Field(ge=0)] | None = None
+    """The standard error of `score`; `None` where that is not known."""
+
+
+_REQUIRED = tuple(name for name, field in Quadruple.model_fields.items() if field.is_required())
 
 
 def group_by_query(rows: Iterable[Quadruple]) -> dict[str, list[Quadruple]]:
@@ -156,16 +190,64 @@ def read_quadruples(paths: str | Path | Iterable[str | Path]) -> list[Quadruple]
         InputError: A file cannot be read.
         MissingExtraError: A file is Parquet, and pyarrow is not installed.
     """
-    rows: list[Quadruple] = []
+    return [row for row, _, _ in _rows(Quadruple, paths)]
+
+
+def read_entries(paths: str | Path | Iterable[str | Path]) -> list[Entry]:
+    """Read entries, for a panel of judges, from files as for `read_quadruples`.
+
+    Their lines need no score. Those of quadruples will do: score, weight, source and uncertainty
+    are not read.
+
+    Args:
+        paths: A file, or several that are read as one set, in this order.
+
+    Returns:
+        The entries in file order.
+
+    Raises:
+        FileFormatError: A line is no entry, uses the id of another query or document, or has the
+            document of an earlier one under the same request. The message begins with the file and
+            the line, or in Parquet the row, counted from 1.
+        InputError: A file cannot be read.
+        MissingExtraError: A file is Parquet, and pyarrow is not installed.
+    """
+    entries: list[Entry] = []
+    seen: dict[tuple[tuple[str, ...], str], str] = {}
+    for entry, path, number in _rows(Entry, paths):
+        key = (entry.request_key, entry.document_key)
+        if key in seen:
+            problem = f"[{entry}] is in {seen[key]} already; leave one out"
+            raise FileFormatError(path, number, problem)
+        seen[key] = f"{path}:{number}"
+        entries.append(entry)
+    return entries
+
+
+def _rows(
+    record: type[_EntryT], paths: str | Path | Iterable[str | Path]
+) -> Iterator[tuple[_EntryT, str | Path, int]]:
+    """The rows of files, each with its file and line, if they can be told apart."""
     names = _Names()
     for path in [paths] if isinstance(paths, str | Path) else paths:
         read = _read_parquet if Path(path).suffix == ".parquet" else read_objects
         for number, value in read(path):
-            row = validate_record(Quadruple, value, path, number)
+            row = validate_record(record, value, path, number)
             if problem := names.conflict(row, f"{path}:{number}"):
                 raise FileFormatError(path, number, problem)
-            rows.append(row)
-    return rows
+            yield row, path, number
+
+
+def quadruple_format(path: str | Path) -> Format:
+    """The format in which `write_quadruples` would write a file; for checks before long work.
+
+    Raises:
+        InputError: The name ends in none of these.
+    """
+    for end in _FORMATS:
+        if Path(path).name.endswith(end):
+            return end
+    raise InputError(f"`path` must end in .jsonl, .jsonl.gz or .parquet, got {str(path)!r}")
 
 
 def write_quadruples(path: str | Path, rows: Iterable[Quadruple]) -> None:
@@ -183,14 +265,12 @@ def write_quadruples(path: str | Path, rows: Iterable[Quadruple]) -> None:
         MissingExtraError: The file is Parquet, and pyarrow is not installed.
     """
     path = Path(path)
-    writers: dict[str, Callable[[IO[bytes], Iterable[Quadruple]], None]] = {
+    writers: dict[Format, Callable[[IO[bytes], Iterable[Quadruple]], None]] = {
         ".jsonl": _write_jsonl,
         ".jsonl.gz": _write_gzip,
         ".parquet": _write_parquet,
     }
-    write = next((writers[end] for end in writers if path.name.endswith(end)), None)
-    if write is None:
-        raise InputError(f"`path` must end in .jsonl, .jsonl.gz or .parquet, got {str(path)!r}")
+    write = writers[quadruple_format(path)]
     part = path.with_name(f"{path.name}.part")
     try:
         try:
@@ -212,7 +292,7 @@ class _Names:
         self._queries: dict[str, tuple[str, str]] = {}
         self._documents: dict[tuple[str, str], tuple[str, str]] = {}
 
-    def conflict(self, row: Quadruple, here: str) -> str | None:
+    def conflict(self, row: Entry, here: str) -> str | None:
         """What is wrong with the ids of the row that stands here."""
         text, where = self._queries.setdefault(row.query_key, (row.query, here))
         if text != row.query:
@@ -236,7 +316,10 @@ def _named(rows: Iterable[Quadruple]) -> Iterator[Quadruple]:
 
 def _write_jsonl(file: IO[bytes] | gzip.GzipFile, rows: Iterable[Quadruple]) -> None:
     for row in rows:
-        file.write(f"{_json(row.model_dump(mode='json', exclude_defaults=True))}\n".encode())
+        values = row.model_dump(mode="json", exclude_defaults=True)
+        # What every row has comes first, for people who look at the file.
+        first = {name: values.pop(name) for name in _REQUIRED}
+        file.write(f"{_json(first | values)}\n".encode())
 
 
 def _write_gzip(file: IO[bytes], rows: Iterable[Quadruple]) -> None:

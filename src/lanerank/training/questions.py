@@ -10,95 +10,17 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from typing import Annotated, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    JsonValue,
-    StrictStr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from lanerank.display import one_line
 from lanerank.errors import InputError
-from lanerank.evaluation.scenarios import Day, LaneKind, NotBlank, Record, parse_object
+from lanerank.evaluation.scenarios import NotBlank, parse_object
 from lanerank.instruction import Instruction
 from lanerank.lanes import render_attributes
-from lanerank.training.quadruples import Quadruple, Text
-
-_NAME_WIDTH = 60
-
-
-class Entry(Record):
-    """A document under a request: what is compared with others and gets a score.
-
-    The fields are those of `Quadruple`, whose rows a tournament makes of entries.
-    """
-
-    query: Text
-    """What the searcher typed."""
-    instruction: Text | None
-    """What relevance means here; `None` without one."""
-    document: Text
-    """The retrieved text."""
-    query_id: Text | None = None
-    """What the entries of a query have in common; by default the text of the query."""
-    document_id: Text | None = None
-    """What the entries of a document have in common, within a query; by default its text."""
-    metadata: Mapping[StrictStr, JsonValue] = Field(default_factory=dict)
-    """What an index would know about the document."""
-    attributes: tuple[Text, ...] = ()
-    """The fields of `metadata` that the judge and the model may see; none by default."""
-    today: Day = None
-    """The date on which the search happens; `None` where the time plays no part."""
-    kind: LaneKind | None = None
-    """What the instruction is for; `None` where that is not known. The judge does not see it."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        # Now rather than after the judge has been paid for.
-        try:
-            self.as_quadruple(score=0.0)
-        except ValidationError as error:
-            raise ValueError(_problems(error)) from None
-        return self
-
-    def as_quadruple(
-        self, *, score: float, uncertainty: float | None = None, source: str | None = None
-    ) -> Quadruple:
-        """The entry with its score."""
-        fields = {name: getattr(self, name) for name in Entry.model_fields}
-        return Quadruple(**fields, score=score, uncertainty=uncertainty, source=source)
-
-    @property
-    def query_key(self) -> str:
-        """What tells queries apart: `query_id`, else the text."""
-        return self.query if self.query_id is None else self.query_id
-
-    @property
-    def document_key(self) -> str:
-        """What tells the documents of a query apart: `document_id`, else the text."""
-        return self.document if self.document_id is None else self.document_id
-
-    @property
-    def request_key(self) -> tuple[str, str, str, str]:
-        """What tells requests apart: query, its text, the instruction and the date."""
-        return (self.query_key, self.query, self.instruction or "", str(self.today or ""))
-
-    def __str__(self) -> str:
-        """The entry on one line, for messages."""
-        parts = [one_line(self.query, _NAME_WIDTH)]
-        if self.instruction:
-            parts.append(one_line(self.instruction, _NAME_WIDTH))
-        return f"{' | '.join(parts)} | {one_line(self.document_key, _NAME_WIDTH)}"
-
+from lanerank.training.quadruples import Entry
 
 _ANSWER = """\
 Answer with one JSON object and nothing else, the reason first:

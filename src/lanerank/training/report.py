@@ -43,7 +43,7 @@ class TrainingReport(BaseModel):
     model_config = _FROZEN
 
     config: TrainingConfig
-    """With paths as they were on the machine that trained."""
+    """Paths in it are relative to the folder in which the model's folder lies."""
     data: tuple[DataFile, ...]
     """The files of quadruples, those to train on first."""
     versions: Mapping[str, str]

@@ -67,7 +67,13 @@ def prepare_folder(
             f"`output` {str(output)!r} holds a model that is trained; give a new folder, or "
             "restart (`--restart`) to replace it"
         )
-    fields = config.model_dump(mode="json", exclude={*_WITHOUT_EFFECT, "train", "dev"})
+    # Relative, so that a folder that was moved with its data goes on.
+    fields = config.relative_to(output.parent).model_dump(
+        mode="json", exclude={*_WITHOUT_EFFECT, "train", "dev"}
+    )
+    if config.injection is not None:
+        # What is injected decides about the weights, not what the file is called.
+        fields["injection"]["attacks"] = digest(config.injection.attacks, "injection.attacks")
     run = {"config": fields, "data": [each.sha256 for each in data]}
     last: str | None = get_last_checkpoint(str(checkpoints)) if record.is_file() else None
     if last is not None:
@@ -100,8 +106,8 @@ def is_over(checkpoint: Path) -> bool:
     return bool(state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"])
 
 
-def digest(path: Path) -> str:
-    """The SHA-256 of a data file.
+def digest(path: Path, field: str) -> str:
+    """The SHA-256 of a file that a field of the configuration names.
 
     Raises:
         InputError: It cannot be read.
@@ -111,6 +117,5 @@ def digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(
-            f"`train` or `dev`: {str(path)!r} cannot be read: {error.strerror}; give files of "
-            "quadruples"
+            f"`{field}`: {str(path)!r} cannot be read: {error.strerror}; give a file that is there"
         ) from error

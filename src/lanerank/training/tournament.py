@@ -10,25 +10,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
+import choix
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 from scipy import optimize, sparse, special
 from scipy.sparse import csgraph
 
-from lanerank.errors import InputError, MissingExtraError
+from lanerank.errors import InputError
 from lanerank.evaluation.measures import Estimate, FloatArray, IntArray, estimate_mean
 from lanerank.training.panel import Comparison
-from lanerank.training.quadruples import Quadruple
-from lanerank.training.questions import Entry
+from lanerank.training.quadruples import Entry, Quadruple
 from lanerank.training.scale import Scale, fit_scale
-
-try:
-    import choix
-except ModuleNotFoundError as error:
-    raise MissingExtraError(
-        "tournaments need choix, not installed here. "
-        'Install the extra: pip install "lanerank[train]"'
-    ) from error
 
 StrengthModel = Literal["bradley-terry", "thurstone"]
 """The curve from the difference of two strengths to the chance to win: logistic, or normal."""

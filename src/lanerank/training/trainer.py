@@ -192,7 +192,11 @@ def train(
     """
     _require("accelerate", "sklearn")
     checkpoints = config.output / CHECKPOINTS
-    data = [DataFile(name=p.name, sha256=digest(p)) for p in (*config.train, *config.dev)]
+    data = [
+        DataFile(name=path.name, sha256=digest(path, field))
+        for field, paths in (("train", config.train), ("dev", config.dev))
+        for path in paths
+    ]
     last = prepare_folder(config, data, restart=restart)
     set_seed(config.seed)
     development = make_groups(read_quadruples(config.dev), min_gap=config.min_gap)
@@ -235,7 +239,7 @@ def train(
     scores = [score_group(scorer, group) for group in development]
     calibrator, reason = _calibrate(config, development, scores)
     report = TrainingReport(
-        config=config,
+        config=config.relative_to(config.output.parent),
         data=tuple(data),
         versions={"torch": torch.__version__, "transformers": version("transformers")},
         queries=len({group.query_key for group in groups}),
