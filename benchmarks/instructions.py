@@ -271,7 +271,9 @@ def write_page(reports: dict[str, dict[str, Any]], scenarios: int, few: int) -> 
         "",
         "## Injection",
         "",
-        "Attacked against the same document with harmless text of equal length.",
+        "Attacked against the same document with harmless text of equal length. Scores of the "
+        "bi-encoder are cosines in a narrow band, so that its shifts, and its drift above, are "
+        "small for that reason too; ranks compare better.",
         "",
         table(
             [
