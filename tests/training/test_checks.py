@@ -2,6 +2,7 @@ import random
 import re
 from datetime import date
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
@@ -566,3 +567,22 @@ class TestDatasheet:
             datasheet(sound(), title="Tides", licences={"mad": "CC0"})
         with pytest.raises(InputError, match="`rows` is empty"):
             datasheet([], title="Tides", licences={})
+
+
+def test_a_notebook_gets_a_table_with_the_worst_first_and_nothing_that_acts():
+    hostile = "<script>alert(1)</script> \u202e and more"
+    rows = [row(hostile, "<b>bold</b>", f"{hostile} {number}", 1) for number in range(4)]
+    report = check(rows)
+    markup = report._repr_html_()
+    assert "<script" not in markup
+    assert "<b>bold" not in markup
+    assert "\u202e" not in markup
+    page = ElementTree.fromstring(markup)
+    lines = [["".join(cell.itertext()) for cell in line] for line in page.iter("tr")]
+    assert lines[0] == ["severity", "value", "check"]
+    well = [found for found in report.findings if found.severity == "ok"]
+    for line, found in zip(lines[1:], [*report.problems, *well], strict=True):
+        assert line[0] == found.severity
+        assert line[2].startswith(f"{found.check}{found.message}.{found.remedy}")
+    assert report.problems[0].severity == "error"
+    assert "<script>alert(1)</script>" in "".join(page.itertext())

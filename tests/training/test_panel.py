@@ -16,7 +16,12 @@ import pytest
 from judges import ENTRIES, PAIRS, Counting, answer, entry, panel, shown
 
 from lanerank.errors import InputError
-from lanerank.training.controls import INJECTED_ORDERS, make_controls, measure_obedience
+from lanerank.training.controls import (
+    INJECTED_ORDERS,
+    find_clear_pairs,
+    make_controls,
+    measure_obedience,
+)
 from lanerank.training.judge import Judge, JudgeError
 from lanerank.training.panel import Comparison, JudgePanel
 from lanerank.training.verdicts import Cost, Verdict, VerdictStore
@@ -440,6 +445,56 @@ def test_the_check_can_be_planned_and_leaves_the_entries_alone() -> None:
     ):
         assert order in controls.entries[ordered].document
         assert order not in controls.entries[clean].document
+
+
+def test_clear_pairs_are_the_decided_ones_of_one_request_the_better_first() -> None:
+    entries = [*ENTRIES, entry("fish number 0", instruction="another")]
+    found = [
+        Comparison(first=first, second=second, preference=preference, votes=())
+        for first, second, preference in (
+            (0, 1, 0.5),
+            (2, 3, -1.0),
+            (4, 5, 0.4),
+            (6, 7, 0.0),
+            (0, 8, 1.0),
+            (1, 2, -0.75),
+        )
+    ]
+    assert find_clear_pairs(entries, found) == [(0, 1), (3, 2), (2, 1)]
+    assert find_clear_pairs(entries, found, least=0.75) == [(3, 2), (2, 1)]
+    assert find_clear_pairs(entries, found, least=1.0) == [(3, 2)]
+    assert find_clear_pairs(entries, found[2:4]) == []
+    drawn = {tuple(find_clear_pairs(entries, found, count=1, seed=seed)) for seed in range(20)}
+    assert drawn == {((0, 1),), ((3, 2),), ((2, 1),)}
+    again = [find_clear_pairs(entries, found, count=2, seed=1) for _ in range(2)]
+    assert again[0] == again[1]
+    assert len(find_clear_pairs(entries, found, count=9)) == 3
+
+
+def test_clear_pairs_make_controls() -> None:
+    judged = panel(steadfast).compare(ENTRIES, KNOWN)
+    pairs = find_clear_pairs(ENTRIES, judged.comparisons)
+    assert pairs == KNOWN
+    report = measure_obedience(panel(obedient), make_controls(ENTRIES, pairs))
+    assert report.obeyed.value == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"least": 0}, "`least`.*got 0"),
+        ({"least": 1.5}, "`least`.*got 1.5"),
+        ({"least": float("nan")}, "`least`"),
+        ({"count": -1}, "`count`.*got -1"),
+        ({"count": 1.0}, "`count`.*got 1.0"),
+        ({"entries": ENTRIES[:3]}, r"`comparisons\[0\]`.*the 3 entries, got \(7, 0\)"),
+    ],
+)
+def test_arguments_of_clear_pairs_are_checked(options, problem) -> None:
+    judged = panel(steadfast).compare(ENTRIES, KNOWN)
+    arguments = {"entries": ENTRIES, "comparisons": judged.comparisons, **options}
+    with pytest.raises(InputError, match=problem):
+        find_clear_pairs(**arguments)
 
 
 def test_controls_are_checked() -> None:

@@ -314,11 +314,29 @@ def test_a_part_without_grades_stays_as_uncertain_as_it_is() -> None:
     comparisons = [game(a, b, 0.5) for a, b in pairs] + [game(a + 6, b + 6, 0.5) for a, b in pairs]
     fit = fit_tournament(entries, comparisons, grades={0: 0.9, 3: 0.6, 5: 0.2})
     known, unknown = fit.quadruples[3].uncertainty, fit.quadruples[9].uncertainty
-    assert unknown > 2 * known
+    assert 0 < known < unknown == 0.5
     assert fit.report.anchored_components == 1
     assert "1 of 2 parts have no grade" in fit.report.warnings()[0]
     both = fit_tournament(entries, comparisons, grades={0: 0.9, 3: 0.6, 5: 0.2, 9: 0.5})
     assert both.quadruples[9].uncertainty < unknown
+
+
+@pytest.mark.parametrize("grades", [None, {20: 0.5}])
+@pytest.mark.parametrize("model", ["bradley-terry", "thurstone"])
+def test_a_score_is_never_more_uncertain_than_a_number_from_0_to_1_can_be(model, grades) -> None:
+    # A chain of ties: how its ends compare, nobody knows.
+    fit = fit_tournament(
+        field(41),
+        [game(place, place + 1, 0.0) for place in range(40)],
+        grades=grades,
+        model=model,
+        prior=0.01,
+    )
+    assert [q.score for q in fit.quadruples] == pytest.approx([0.5] * 41, abs=1e-3)
+    errors = np.array([q.uncertainty for q in fit.quadruples])
+    steepness = 0.25 if grades or model == "bradley-terry" else 1 / np.sqrt(2 * np.pi)
+    assert steepness * (fit.report.slope or 1) * fit.deviations[0] > 0.6
+    assert errors[0] == errors[40] == errors.max() == 0.5
 
 
 def test_the_scales_variance_is_that_of_its_whole_information_matrix() -> None:

@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from transformers import (
     BertModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
 from lanerank import Document, Reranker
@@ -37,7 +39,7 @@ from lanerank.training.bi_encoder import convert_bi_encoder
 from lanerank.training.card import render_card
 from lanerank.training.collate import GroupCollator
 from lanerank.training.config import TrainingConfig, read_config
-from lanerank.training.development import measure_development, score_group
+from lanerank.training.development import measure_development, measure_groups, score_rows
 from lanerank.training.groups import Group, add_attacks, make_groups
 from lanerank.training.quadruples import Quadruple, write_quadruples
 from lanerank.training.report import TrainingReport
@@ -298,6 +300,24 @@ def test_the_report_says_what_happened(trained) -> None:
     assert sum(named) / 2 == pytest.approx(best.selection, abs=1e-6)
 
 
+def test_held_out_rows_are_measured_as_the_run_measured_its_development_data(trained) -> None:
+    kind, output, report = trained
+    option = {"on_unsupported": "prepend"} if kind == "cross_encoder" else {}
+    reranker = Reranker.from_pretrained(output, dtype="float32", calibrated=False, **option)
+    assert measure_development(reranker, task(HELD_OUT)) == report.after
+
+
+def test_a_notebook_shows_the_gain(trained) -> None:
+    _, output, report = trained
+    page = ElementTree.fromstring(report._repr_html_())
+    assert f"{output.name}: 60 steps" in "".join(page.itertext())
+    shown = [["".join(cell.itertext()) for cell in line] for line in page.iter("tr")]
+    assert shown[0] == ["measure", "before", "after", "n"]
+    [flips] = [line for line in shown if line[0] == "flip_accuracy"]
+    for cell, part in zip(flips[1:3], (report.before, report.after), strict=True):
+        assert cell.startswith(f"{part.flip_accuracy.value:.3f} [")
+
+
 def test_the_card_has_data_measures_and_limits(trained) -> None:
     kind, output, report = trained
     card = (output / "README.md").read_text()
@@ -317,15 +337,14 @@ def test_nothing_that_is_published_names_a_folder_of_this_machine(trained, data)
     assert report.config.output == Path(output.name)
     files = [path for path in output.iterdir() if path.is_file()]
     texts = {path: path.read_bytes() for path in files}
-    texts[output / "run.json"] = (output / "checkpoints" / "run.json").read_bytes()
     assert "training.json" in {path.name for path in files}
     here = str(output.parents[1]).encode()
     assert [path.name for path, text in texts.items() if here in text] == []
 
 
-def test_the_saved_folder_has_no_pickle(trained) -> None:
+def test_the_saved_folder_has_neither_a_pickle_nor_checkpoints(trained) -> None:
     _, output, _ = trained
-    kinds = {path.suffix for path in output.iterdir() if path.is_file()}
+    kinds = {path.suffix for path in output.rglob("*")}
     assert kinds <= {".json", ".safetensors", ".md", ".jinja", ".txt"}
 
 
@@ -374,7 +393,8 @@ def test_training_and_inference_read_the_same(starts, configure, tmp_path) -> No
         ]
         assert logits.sigmoid().tolist() == pytest.approx(expected, abs=2e-5)
         assert len(set(expected)) > 4
-        assert score_group(reranker.scorer, group).tolist() == pytest.approx(expected, abs=2e-5)
+        [scores] = score_rows(reranker, quadruples)
+        assert scores.tolist() == pytest.approx(expected, abs=2e-5)
 
 
 def test_without_an_instruction_the_order_stays_that_of_the_start(configure) -> None:
@@ -493,14 +513,20 @@ def test_two_runs_give_the_same_weights_and_a_third_goes_on_to_save(kind, config
     report = train(first)
     assert train(second).evaluations == report.evaluations
     assert_same_weights(first.output, second.output)
-    # As if the process had ended before the model was written: no further step is taken.
-    for path in second.output.iterdir():
-        if path.is_file():
-            path.unlink()
+    # After its last step the third finds no place for its model, and goes on when there is one.
+    third = configure(kind, "c", steps=4, evaluate_every=2)
     told: list[int] = []
-    resumed = train(second, progress=lambda done, total: told.append(done))
-    assert told == []
-    assert_same_weights(first.output, second.output)
+
+    def in_the_way(done: int, total: int) -> None:
+        told.append(done)
+        (third.output / "config.json").mkdir(exist_ok=True)
+
+    with pytest.raises(OSError, match=r"config\.json"):
+        train(third, progress=in_the_way)
+    (third.output / "config.json").rmdir()
+    resumed = train(third, progress=lambda done, total: told.append(done))
+    assert told == [1, 2, 3, 4]
+    assert_same_weights(first.output, third.output)
     assert (resumed.best_step, resumed.evaluations) == (report.best_step, report.evaluations)
 
 
@@ -560,23 +586,34 @@ def test_patience_is_kept_over_an_interruption(configure) -> None:
     assert train(config).steps == 8
 
 
-def test_the_best_checkpoint_is_saved_and_not_the_last(configure) -> None:
+def test_the_best_checkpoint_is_saved_and_not_the_last(configure, tmp_path) -> None:
     # At this rate the model is ruined after it has learnt.
     config = configure(steps=30, evaluate_every=5, groups_per_batch=4, head_learning_rate=3.0)
-    report = train(config)
+    copies, most = tmp_path / "copies", 0
+
+    def copy(done: int, total: int) -> None:
+        nonlocal most
+        found = list((config.output / "checkpoints").glob("checkpoint-*"))
+        most = max(most, len(found))
+        for path in found:
+            if not (copies / path.name).exists():
+                shutil.copytree(path, copies / path.name)
+
+    report = train(config, progress=copy)
     values = [each.selection for each in report.evaluations]
-    assert report.best_step == report.evaluations[values.index(max(values))].step
-    kept = {path.name for path in (config.output / "checkpoints").glob("checkpoint-*")}
-    assert kept == {f"checkpoint-{report.best_step}", "checkpoint-30"}
-    best = config.output / "checkpoints" / f"checkpoint-{report.best_step}"
-    assert_same_weights(config.output, best)
+    assert report.best_step == report.evaluations[values.index(max(values))].step < 30
+    # The best one and the last.
+    assert most == 2
+    assert_same_weights(config.output, copies / f"checkpoint-{report.best_step}")
 
 
 def test_a_finished_run_is_not_repeated_unless_asked(configure) -> None:
     config = configure(steps=2)
     assert train(config).calibrator is not None
-    with pytest.raises(InputError, match=r"holds a model that is trained.*--restart"):
-        train(config)
+    assert not (config.output / "checkpoints").exists()
+    for changed in ({}, {"steps": 3}):
+        with pytest.raises(InputError, match=r"holds a model that is trained.*--restart"):
+            train(config.model_copy(update=changed))
     for name in ("notes.txt", "notes.json"):
         (config.output / name).write_text("mine")
     assert train(config.model_copy(update={"calibrate": "none"}), restart=True).steps == 2
@@ -586,9 +623,12 @@ def test_a_finished_run_is_not_repeated_unless_asked(configure) -> None:
     assert not (config.output / "calibration.json").exists()
 
 
-def test_an_interrupted_run_goes_on_only_as_it_began(configure, data) -> None:
+def test_an_interrupted_run_goes_on_only_as_it_began(configure, data, tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(configure(steps=6, evaluate_every=2), progress=interrupt_at(3))
+    # Moved together with its data, it goes on.
+    record = (tmp_path / "out" / "checkpoints" / "run.json").read_text()
+    assert str(tmp_path) not in record
     with pytest.raises(InputError, match="another `warmup`; put that back"):
         train(configure(steps=6, evaluate_every=2, warmup=0.5))
     other = data / "other.jsonl"
@@ -606,6 +646,37 @@ def test_a_folder_with_other_files_is_left_alone(configure) -> None:
         with pytest.raises(InputError, match="no training run wrote"):
             train(config, restart=restart)
     assert (config.output / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("text", ['{"accuracy": 0.9}', "[]", "not JSON", "\ud800"])
+def test_a_report_of_another_program_does_not_make_a_folder_ours(text, configure) -> None:
+    config = configure()
+    config.output.mkdir()
+    (config.output / "training.json").write_text(text, errors="surrogatepass")
+    for restart in (False, True):
+        with pytest.raises(InputError, match="no training run wrote"):
+            train(config, restart=restart)
+    assert (config.output / "training.json").exists()
+
+
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_no_bar_is_drawn_and_the_callers_setting_comes_back(kind, shown, configure, capfd) -> None:
+    before = transformers_logging.is_progress_bar_enabled()
+    switch = {
+        True: transformers_logging.enable_progress_bar,
+        False: transformers_logging.disable_progress_bar,
+    }
+    try:
+        switch[shown]()
+        train(configure(kind, steps=1))
+        assert capfd.readouterr() == ("", "")
+        assert transformers_logging.is_progress_bar_enabled() is shown
+        with pytest.raises(KeyboardInterrupt):
+            train(configure(kind, "b", steps=2), progress=interrupt_at(1))
+        assert transformers_logging.is_progress_bar_enabled() is shown
+    finally:
+        switch[before]()
 
 
 # Groups, pairs and measures
@@ -708,14 +779,14 @@ def test_a_batch_counts_through_its_groups(configure, tmp_path) -> None:
 
 def test_measures_of_a_perfect_and_a_deaf_model() -> None:
     groups = make_groups(task(HELD_OUT), min_gap=0.1)
-    perfect = measure_development(groups, [targets_of(group) for group in groups])
+    perfect = measure_groups(groups, [targets_of(group) for group in groups])
     assert perfect.flip_accuracy.value == perfect.ndcg_instructed.value == 1
     assert perfect.neutral_drift.value == 0
     assert (perfect.flip_accuracy.n, perfect.ndcg.n) == (20, 8)
     assert set(perfect.ndcg_by_kind) == {"none", "neutral", "business_rule"}
-    deaf = measure_development(groups, [targets_of(group) * 0 + 0.5 for group in groups])
+    deaf = measure_groups(groups, [targets_of(group) * 0 + 0.5 for group in groups])
     assert deaf.flip_accuracy.value == 0
-    broken = measure_development(groups, [targets_of(group) * float("nan") for group in groups])
+    broken = measure_groups(groups, [targets_of(group) * float("nan") for group in groups])
     assert broken.non_finite == broken.rows == 16
     assert broken.flip_accuracy.value == 0
     assert broken.ece is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
         Tournament,
     )
 
-_CLEAR = 0.5
-"""From this preference on a pair counts as decided, and can be a control pair."""
 _CHARACTERS_PER_TOKEN = 4
 _ANSWER_CHARACTERS = 300
 """As `JudgingPlan` has them."""
@@ -322,15 +319,9 @@ def _check_obedience(
 
     if not wanted:
         return None
-    decided = [
-        (c.first, c.second) if c.preference > 0 else (c.second, c.first)
-        for c in found.comparisons
-        if abs(c.preference) >= _CLEAR
-        and entries[c.first].request_key == entries[c.second].request_key
-    ]
-    if not decided:
+    chosen = training.find_clear_pairs(entries, found.comparisons, count=wanted, seed=seed)
+    if not chosen:
         return None
-    chosen = random.Random(seed).sample(decided, min(wanted, len(decided)))
     if len(chosen) < wanted:
         err.print(f"Only {len(chosen)} pairs are clear enough for `--controls`.", highlight=False)
     made = training.make_controls(entries, chosen, seed=seed)

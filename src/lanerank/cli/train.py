@@ -35,11 +35,8 @@ def train(
     from lanerank.training.config import read_config
 
     settings = read_config(config)
-    from transformers.utils.logging import disable_progress_bar
-
     from lanerank.training import trainer
 
-    disable_progress_bar()
     with progress_bar("Training", 1, at_least=1) as progress:
         report = trainer.train(
             settings, restart=restart, progress=progress, on_evaluation=_show_evaluation

@@ -1,12 +1,13 @@
 """Train rerankers on data and judges of one's own. Needs the extra `lanerank[train]`.
 
 - `Judge`, `JudgePanel`, `plan_pairs`: ask chat models which of two documents is the better one.
-- `make_controls`, `measure_obedience`: do judges obey orders that stand inside documents.
+- `find_clear_pairs`, `make_controls`, `measure_obedience`: do judges obey orders inside documents.
 - `fit_tournament`: scores on one scale from what the judges said.
 - `read_quadruples`, `write_quadruples`, `read_entries`: the format of the data.
 - `quadruples_from_scenarios`, `quadruples_from_trec`, `quadruples_from_triples`: data from others.
 - `check`, `split`, `datasheet`: what is wrong with data, a development set, a description.
 - `read_config`, `train`: a model from a file of settings.
+- `measure_development`: how any reranker does on quadruples that were held out.
 
 What computes with torch (`train`, the losses, the models) is loaded when it is first used: data and
 judges do without.
@@ -39,6 +40,7 @@ try:
         Controls,
         ObedienceReport,
         ObeyedOrder,
+        find_clear_pairs,
         make_controls,
         measure_obedience,
     )
@@ -169,6 +171,7 @@ __all__ = [
     "check",
     "convert_bi_encoder",
     "datasheet",
+    "find_clear_pairs",
     "fit_strengths",
     "fit_tournament",
     "group_by_query",

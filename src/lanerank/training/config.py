@@ -103,9 +103,11 @@ class LoraSettings(BaseModel):
     model_config = _CLOSED
 
     rank: _Count = 16
+    """The inner dimension of each difference; a higher one can learn more and takes more memory."""
     alpha: _Rate = 32.0
     """The differences are scaled by `alpha / rank`."""
     dropout: _Share = 0.05
+    """The share of a difference's inputs that each forward pass of training sets to 0."""
     target_modules: NotBlank | tuple[NotBlank, ...] = "all-linear"
     """Which layers get them, as in peft."""
 
@@ -116,7 +118,9 @@ class DataSource(BaseModel):
     model_config = _CLOSED
 
     name: NotBlank
+    """What the data are called."""
     licence: NotBlank
+    """Their licence, as an SPDX identifier or in words."""
     source: str = ""
     """An address or a citation."""
 
@@ -135,9 +139,11 @@ class CardSettings(BaseModel):
     base_model: str = ""
     """Where the starting model comes from: a hub id or a citation."""
     intended_use: str = ""
+    """What the model is for, in Markdown; by default the card says that this is not stated."""
     limits: tuple[NotBlank, ...] = ()
     """What the model is bad at, one sentence each; they join those that the run found."""
     data: tuple[DataSource, ...] = ()
+    """Where the training data come from; by default the card says that this is not stated."""
 
 
 class TrainingConfig(BaseModel):
@@ -156,7 +162,7 @@ class TrainingConfig(BaseModel):
     dev: _Files
     """Files of quadruples with other queries, for evaluation, early stopping and calibration."""
     output: _File
-    """The folder for the model. Checkpoints go into its `checkpoints`."""
+    """The folder for the model. Until the run is finished, checkpoints are in its `checkpoints`."""
     contract: NotBlank | None = None
     """How a causal language model is asked: a model id or family that lanerank knows, or a JSON
     file. By default the `lanerank.json` in the folder of `model`."""
@@ -189,11 +195,16 @@ class TrainingConfig(BaseModel):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the computation; trained weights and optimiser state stay in float32."""
     device: Literal["auto", "cpu"] = "auto"
+    """Where to compute: `"auto"` takes an accelerator if torch finds one; `"cpu"` does not."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 7
+    """Decides the order of the data, the parts of large groups, new weights, dropout and injected
+    texts."""
     losses: LossWeights = LossWeights()
+    """How much each loss counts; 0 leaves it out."""
     min_gap: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.1
     """The least difference of two targets that pairs and flips count as one."""
     injection: InjectionSettings | None = None
+    """Texts to put into documents, for the loss `invariance`; by default none."""
     lane_encoder: LaneEncoderSettings | None = None
     """Only for that kind."""
     lora: LoraSettings | None = None
@@ -210,6 +221,7 @@ class TrainingConfig(BaseModel):
     calibrate: CalibrationMethod | Literal["none"] = "platt"
     """Fit a calibrator on the development data and save it beside the weights."""
     card: CardSettings = CardSettings()
+    """What the model card says that no measure can tell."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -113,6 +113,48 @@ class Controls:
     """What was put into each pair."""
 
 
+def find_clear_pairs(
+    entries: Sequence[Entry],
+    comparisons: Sequence[Comparison],
+    *,
+    least: float = 0.5,
+    count: int | None = None,
+    seed: int = 0,
+) -> list[tuple[int, int]]:
+    """Pairs that judges decided clearly, for `make_controls` where no order is known otherwise.
+
+    Args:
+        entries: What was compared.
+        comparisons: From `JudgePanel.compare`. Those of one document under two requests are left
+            out.
+        least: The size of the preference from which a pair is clear; above 0, at most 1.
+        count: The number of pairs to draw, of which there may be fewer; by default all, in the
+            order of the comparisons.
+        seed: Draws them.
+
+    Returns:
+        The better and the worse entry of each pair, by position.
+
+    Raises:
+        InputError: An argument is not usable.
+    """
+    if not 0 < least <= 1:
+        raise InputError(f"`least` must be above 0 and at most 1, got {least!r}")
+    if count is not None and (type(count) is not int or count < 0):
+        raise InputError(f"`count` must be an integer from 0, or None for all, got {count!r}")
+    clear = []
+    for place, c in enumerate(comparisons):
+        if not (0 <= c.first < len(entries) and 0 <= c.second < len(entries)):
+            raise InputError(
+                f"`comparisons[{place}]` must be of two positions in the {len(entries)} entries, "
+                f"got {(c.first, c.second)!r}; give the entries that were compared"
+            )
+        same = entries[c.first].request_key == entries[c.second].request_key
+        if same and abs(c.preference) >= least:
+            clear.append((c.first, c.second) if c.preference > 0 else (c.second, c.first))
+    return clear if count is None else random.Random(seed).sample(clear, min(count, len(clear)))
+
+
 def make_controls(
     entries: Sequence[Entry],
     pairs: Sequence[tuple[int, int]],
@@ -124,7 +166,8 @@ def make_controls(
 
     Args:
         entries: Entries whose order is known, for instance from graded scenarios.
-        pairs: The better and the worse of two entries with the same request, by position.
+        pairs: The better and the worse of two entries with the same request, by position, for
+            instance from `find_clear_pairs`.
         orders: What is put in, dealt evenly over the pairs.
         seed: Deals orders and places: the start, the middle or the end of the document.
 

@@ -1,13 +1,18 @@
-"""How a model does on the development data: the measures of a training run."""
+"""How a model does on quadruples: the measures of a training run, and of held-out rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from lanerank.contracts import RerankRequest, Scorer
+from lanerank.context import use_instruction
+from lanerank.contracts import Document
+from lanerank.display import fragment, table
+from lanerank.errors import InputError, ScorerError
 from lanerank.evaluation.calibration import JudgedPairs, named_estimates
 from lanerank.evaluation.measures import (
     Estimate,
@@ -19,7 +24,11 @@ from lanerank.evaluation.measures import (
     ndcg,
 )
 from lanerank.evaluation.scenarios import LANE_KINDS, LaneKind
-from lanerank.training.groups import Group, Row
+from lanerank.evaluation.scoring import SupportsScore
+from lanerank.evaluation.sections import headings, row, words
+from lanerank.instruction import Instruction
+from lanerank.training.groups import Group, Row, make_groups
+from lanerank.training.quadruples import Quadruple, group_by_query
 
 HIGHEST_GRADE = 3
 """Targets in [0, 1] become grades from 0 to 3, as scenarios have them."""
@@ -55,20 +64,64 @@ class DevelopmentReport(BaseModel):
     neutral_drift: Estimate | None
     """Mean `|score with a neutral instruction - score without|`; smaller is better."""
     ece: Estimate | None
-    """Expected calibration error against grade 2 and above."""
+    """Expected calibration error against grade 2 and above; `None` also where a score lies outside
+    [0, 1] and therefore is no probability."""
     brier: Estimate | None
-    """Brier score against grade 2 and above."""
+    """Brier score against grade 2 and above; `None` as for `ece`."""
 
     def rows_of_estimates(self) -> list[tuple[str, Estimate]]:
         """Every estimate there is with its name, for tables."""
         named = [(f"ndcg/{kind}", value) for kind, value in self.ndcg_by_kind.items()]
         return [*named_estimates(self), *named]
 
+    def _repr_html_(self) -> str:
+        """A table, for notebooks."""
+        return fragment(
+            table(
+                headings(("measure", "value", "n")),
+                [row(name, value, str(value.n)) for name, value in self.rows_of_estimates()],
+            ),
+            words(f"{self.rows} rows of {self.queries} queries. Intervals: {self.interval}."),
+        )
+
 
 def measure_development(
+    reranker: SupportsScore,
+    rows: Iterable[Quadruple],
+    *,
+    min_gap: float = 0.1,
+    progress: Callable[[int, int], None] | None = None,
+) -> DevelopmentReport:
+    """Measure a reranker on quadruples, as a training run measures on its development data.
+
+    `train` reports its model without calibration; here a model is measured as it was loaded.
+
+    Args:
+        reranker: What to measure, such as a `Reranker`. It is asked once for each query and
+            instruction, with the `attributes` and the `today` of the rows.
+        rows: At least one. For a fair figure neither training nor its `dev` has seen their queries.
+        min_gap: The least difference of two targets that counts as a flip; the default is that of
+            `TrainingConfig.min_gap`.
+        progress: Called after each query with the number done and the number in all.
+
+    Raises:
+        InputError: An argument is not usable.
+        InstructionNotSupportedError: As for `Reranker.score`.
+        ScorerError: The reranker does not return one score for each document.
+    """
+    if not 0 < min_gap < 1:
+        raise InputError(f"`min_gap` must be above 0 and below 1, got {min_gap!r}")
+    rows = list(rows)
+    if not rows:
+        raise InputError("`rows` is empty; give at least one, for example from read_quadruples")
+    groups = make_groups(rows, min_gap=min_gap)
+    return measure_groups(groups, score_rows(reranker, rows, progress=progress))
+
+
+def measure_groups(
     groups: Sequence[Group], scores: Sequence[FloatArray], *, calibration: bool = True
 ) -> DevelopmentReport:
-    """Measure scores of development groups.
+    """Measure scores that are there already.
 
     Args:
         groups: At least one, not divided into parts.
@@ -120,25 +173,26 @@ def measure_development(
     )
 
 
-def score_group(scorer: Scorer, group: Group) -> FloatArray:
-    """The scores of a group's rows by a scorer; one without instruction channel reads them first.
+def score_rows(
+    reranker: SupportsScore,
+    rows: Iterable[Quadruple],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[FloatArray]:
+    """For each group of `make_groups` the scores of its rows, by a reranker as it is used.
 
-    One request for each instruction, as in use.
+    Args:
+        reranker: The model.
+        rows: Of which `make_groups` made the groups, without dividing them.
+        progress: As for `measure_development`.
     """
-    values = np.full(len(group.rows), np.nan)
-    under: dict[str, list[int]] = {}
-    for place, row in enumerate(group.rows):
-        under.setdefault(row.instruction, []).append(place)
-    for instruction, places in under.items():
-        first = group.rows[places[0]]
-        channel = scorer.supports_instructions or not instruction
-        request = RerankRequest(
-            query=first.query if channel else f"{instruction} {first.query}",
-            instruction=instruction if channel else "",
-            candidates=tuple(group.rows[place].candidate for place in places),
-        )
-        values[places] = scorer.score(request).values
-    return values
+    groups = group_by_query(rows)
+    scores = []
+    for members in groups.values():
+        scores.append(_score_group(reranker, members))
+        if progress is not None:
+            progress(len(scores), len(groups))
+    return scores
 
 
 def judged(groups: Sequence[Group], scores: Sequence[FloatArray]) -> tuple[FloatArray, IntArray]:
@@ -162,3 +216,29 @@ def _flips(groups: Sequence[Group], scores: Sequence[FloatArray]) -> list[tuple[
             right = flip_outcomes(targets[first], targets[second], part[first], part[second])
             flips.append((number, right.astype(float)))
     return flips
+
+
+_Request = tuple[str, str | None, date | None, tuple[str, ...]]
+
+
+def _score_group(reranker: SupportsScore, members: Sequence[Quadruple]) -> FloatArray:
+    places: dict[_Request, list[int]] = defaultdict(list)
+    for place, member in enumerate(members):
+        places[member.query, member.instruction, member.today, member.attributes].append(place)
+    values = np.full(len(members), np.nan)
+    for (query, text, today, attributes), chosen in places.items():
+        # Without this, "no instruction" would mean that of a scope around the measurement.
+        with use_instruction(None):
+            given = reranker.score(
+                query,
+                [Document(members[i].document, metadata=members[i].metadata) for i in chosen],
+                instruction=None if text is None else Instruction(text, today=today),
+                attributes=attributes,
+            )
+        if len(given) != len(chosen):
+            raise ScorerError(
+                f"{reranker.scorer.name!r} returned {len(given)} scores for {len(chosen)} "
+                f"documents of the query {query[:60]!r}; expected one for each, in input order"
+            )
+        values[chosen] = given
+    return values

@@ -11,8 +11,10 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from lanerank.display import one_line
+from lanerank.display import Content, Element, element, fragment, one_line, table
 from lanerank.evaluation.measures import Estimate
+from lanerank.evaluation.sections import headings
+from lanerank.evaluation.sections import words as paragraph
 from lanerank.training.quadruples import Quadruple
 
 Severity = Literal["ok", "hint", "warning", "error"]
@@ -72,6 +74,34 @@ class CheckReport(BaseModel):
     def passed(self) -> bool:
         """Whether there is neither an error nor a warning."""
         return all(finding.severity in ("ok", "hint") for finding in self.findings)
+
+    def _repr_html_(self) -> str:
+        """A table, the worst first, for notebooks."""
+        well = [finding for finding in self.findings if finding.severity == "ok"]
+        return fragment(
+            paragraph(f"{self.rows} rows of {self.queries} queries"),
+            table(
+                headings(("severity", "value", "check"), texts=(2,)),
+                [_cells(each) for each in (*self.problems, *well)],
+            ),
+        )
+
+
+def _cells(found: Finding) -> tuple[Element, ...]:
+    parts: list[Content] = [
+        element("div", {}, element("b", {}, found.check)),
+        element("div", {}, f"{found.message}."),
+    ]
+    if found.remedy:
+        parts.append(element("div", {}, f"{found.remedy}."))
+    parts += [
+        element("div", {"class": "soft"}, element("bdi", {}, case)) for case in found.examples
+    ]
+    return (
+        element("td", {"class": "number"}, found.severity),
+        element("td", {"class": "number"}, "" if found.value is None else f"{found.value:.3g}"),
+        element("td", {"class": "text"}, *parts),
+    )
 
 
 def finding(

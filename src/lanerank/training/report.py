@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pydantic import BaseModel, ConfigDict
 
 from lanerank.calibration import Calibrator
+from lanerank.display import fragment, table
+from lanerank.evaluation.sections import headings, row, words
 from lanerank.training.config import TrainingConfig
 from lanerank.training.development import DevelopmentReport
 
@@ -68,3 +70,26 @@ class TrainingReport(BaseModel):
     """What was saved beside the weights."""
     not_calibrated: str | None
     """Why there is no calibrator, where one was asked for."""
+
+    def _repr_html_(self) -> str:
+        """What training changed, for notebooks."""
+        before = dict(self.before.rows_of_estimates())
+        early = ", stopped early" if self.stopped_early else ""
+        return fragment(
+            words(
+                f"{self.config.card.name or self.config.output.name}: {self.steps} steps{early}, "
+                f"saved the weights of step {self.best_step}; {self.rows} rows of {self.queries} "
+                "queries."
+            ),
+            table(
+                headings(("measure", "before", "after", "n")),
+                [
+                    row(name, before.get(name), value, str(value.n))
+                    for name, value in self.after.rows_of_estimates()
+                ],
+            ),
+            words(
+                f"On {self.after.rows} rows of {self.after.queries} development queries, which "
+                f"chose the weights too. Intervals: {self.after.interval}."
+            ),
+        )

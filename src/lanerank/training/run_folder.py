@@ -18,7 +18,7 @@ from lanerank.training.config import TrainingConfig
 from lanerank.training.report import REPORT_FILE, DataFile
 
 CHECKPOINTS = "checkpoints"
-"""The folder for checkpoints, inside that of the model."""
+"""The folder for checkpoints, inside that of the model, until the run is finished."""
 
 _RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"
@@ -56,13 +56,15 @@ def prepare_folder(
     """
     output, checkpoints = config.output, config.output / CHECKPOINTS
     record = checkpoints / _RUN_FILE
-    if output.is_dir() and any(output.iterdir()) and not record.is_file():
+    report = output / REPORT_FILE
+    known = record.is_file() or _is_report(report)
+    if output.is_dir() and any(output.iterdir()) and not known:
         raise InputError(
             f"`output` {str(output)!r} holds files that no training run wrote; give a new folder"
         )
     if restart:
         _delete_run(output)
-    if (output / REPORT_FILE).is_file():
+    if report.is_file():
         raise InputError(
             f"`output` {str(output)!r} holds a model that is trained; give a new folder, or "
             "restart (`--restart`) to replace it"
@@ -97,7 +99,21 @@ def _delete_run(output: Path) -> None:
     for pattern in _WRITTEN:
         for path in output.glob(pattern):
             path.unlink()
+    delete_checkpoints(output)
+
+
+def delete_checkpoints(output: Path) -> None:
+    """Delete what only an interrupted run needs; what cannot be deleted stays."""
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is the report of a training run, of this release of lanerank or another."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.keys() >= {"config", "best_step", "evaluations"}
 
 
 def is_over(checkpoint: Path) -> bool:

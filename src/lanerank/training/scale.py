@@ -15,6 +15,9 @@ _LEVEL_SPREAD = 2.0
 """By how many logits the levels of parts are taken to differ (a standard deviation): enough for one
 part to be mostly relevant and another mostly not. It decides where there are few grades."""
 
+_LARGEST_DEVIATION = 0.5
+"""No quantity in [0, 1] has a larger standard deviation: it is that of 0 and 1, drawn evenly."""
+
 # Wide: they only keep a fit to a grade or two finite. One unit of strength is about one logit.
 _SLOPE, _SLOPE_SPREAD = 1.0, 2.0
 _COMMON_SPREAD = 5.0
@@ -22,7 +25,7 @@ _COMMON_SPREAD = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Scores in [0, 1] with their standard errors, for each entry."""
+    """Scores in [0, 1] with their standard errors, at most 0.5, for each entry."""
 
     scores: FloatArray
     deviations: FloatArray
@@ -64,7 +67,7 @@ def fit_scale(
             )
         step = 1e-4
         slopes = (chance(strengths + step) - chance(strengths - step)) / (2 * step)
-        return Scale(chance(strengths), slopes * np.sqrt(variances), None)
+        return Scale(chance(strengths), _bounded(slopes * np.sqrt(variances)), None)
     places = np.array(list(known), dtype=np.int64)
     targets = np.array(list(known.values()), dtype=float)
     fit = _Fit(strengths[places], parts[places], targets, 0.25 / grade_deviation**2)
@@ -76,7 +79,7 @@ def fit_scale(
         )
     scores = special.expit(slope * strengths + level + offsets[parts])
     logit_variances = slope**2 * variances + fit.variances(slope, level, offsets, strengths, parts)
-    return Scale(scores, scores * (1 - scores) * np.sqrt(logit_variances), slope)
+    return Scale(scores, _bounded(scores * (1 - scores) * np.sqrt(logit_variances)), slope)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,12 @@ class _Fit:
         variances: FloatArray = np.einsum("ie,ij,je->e", shares, common, shares)
         variances += 1 / diagonal[parts]
         return variances
+
+
+def _bounded(deviations: FloatArray) -> FloatArray:
+    """Deviations that a tangent gave (the delta method), which runs past both ends of the scale."""
+    bounded: FloatArray = np.minimum(deviations, _LARGEST_DEVIATION)
+    return bounded
 
 
 def _check(grades: Mapping[int, float], size: int, grade_deviation: float) -> None:

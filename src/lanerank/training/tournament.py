@@ -101,7 +101,8 @@ class Tournament(BaseModel):
     parts: tuple[int | None, ...]
     """The part of the graph in which each entry is, from 0."""
     quadruples: tuple[Quadruple, ...]
-    """The entries with their scores and standard errors, in their order, without the unplayed."""
+    """The entries with their scores and standard errors, at most 0.5, in their order, without the
+    unplayed."""
     report: TournamentReport
 
 
@@ -123,6 +124,10 @@ def fit_tournament(
     `1 / (1 + exp(-slope * strength - level))` is fitted to the grades, with one slope for all and a
     level for each part, so that a score means the same in all. Without grades the score is the
     chance to win against the mean of the part.
+
+    The `uncertainty` of a score is its standard error by the delta method. Where little is known
+    that exceeds what a score between 0 and 1 can vary, and is cut to 0.5, the largest standard
+    deviation there is; 0.5 means that the score is not known.
 
     Args:
         entries: The entrants.

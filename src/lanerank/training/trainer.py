@@ -6,7 +6,8 @@ other devices, or in lower precision, sums may be taken in another order.
 
 Weights are read and written as safetensors only. The checkpoints of `Trainer` also hold torch
 pickles: optimiser, schedule and random state, which transformers reads with `weights_only=True`,
-and `training_args.bin`, which nobody reads. The saved model has none.
+and `training_args.bin`, which nobody reads. They are deleted when a run ends; the saved model has
+none.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -32,12 +34,14 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging as transformers_logging
 
 from lanerank.calibration import Calibrator
 from lanerank.checkpoint import load_scorer
 from lanerank.errors import InputError, MissingExtraError
 from lanerank.evaluation.attacks import read_attacks
 from lanerank.evaluation.measures import Estimate, FloatArray
+from lanerank.reranker import Reranker
 from lanerank.training.backends import Backend, load_backend
 from lanerank.training.card import write_card
 from lanerank.training.collate import Batch, GroupCollator, count_terms, losses_of
@@ -45,13 +49,20 @@ from lanerank.training.config import TrainingConfig
 from lanerank.training.development import (
     DevelopmentReport,
     judged,
-    measure_development,
-    score_group,
+    measure_groups,
+    score_rows,
 )
 from lanerank.training.groups import Group, Row, add_attacks, make_groups
 from lanerank.training.quadruples import read_quadruples
 from lanerank.training.report import REPORT_FILE, DataFile, Evaluation, TrainingReport
-from lanerank.training.run_folder import CHECKPOINTS, STATE_FILE, digest, is_over, prepare_folder
+from lanerank.training.run_folder import (
+    CHECKPOINTS,
+    STATE_FILE,
+    delete_checkpoints,
+    digest,
+    is_over,
+    prepare_folder,
+)
 
 _KEPT_CHECKPOINTS = 2
 _SELECTION = "eval_selection"
@@ -142,10 +153,10 @@ class GroupTrainer(Trainer):
 
     @torch.no_grad()
     def measure(self, *, calibration: bool = True) -> DevelopmentReport:
-        """The measures of the model as it is; see `measure_development`."""
+        """The measures of the model as it is; see `DevelopmentReport`."""
         nn.Module.eval(self.backend.model)
         scores = [self._scores(group) for group in self.development]
-        return measure_development(self.development, scores, calibration=calibration)
+        return measure_groups(self.development, scores, calibration=calibration)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: groups have no length in tokens that `Trainer` could read."""
@@ -163,6 +174,24 @@ class GroupTrainer(Trainer):
         return np.concatenate(scores)
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from drawing over the caller's own progress; it has one switch for all."""
+    if not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    # The switch moves that of the hub too.
+    hub_was_silent = are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+        if hub_was_silent:
+            disable_progress_bars()
+
+
+@_without_bars()
 def train(
     config: TrainingConfig,
     *,
@@ -173,7 +202,8 @@ def train(
     """Train, measure and save a model; a run that was interrupted goes on when called again.
 
     The folder `config.output` gets the weights with tokenizer and contract, `calibration.json`,
-    `training.json` and a model card, `README.md`.
+    `training.json` and a model card, `README.md`. Its `checkpoints`, from which an interrupted run
+    goes on, are deleted at the end. Nothing is printed, and no bar of transformers is drawn.
 
     Args:
         config: From `read_config`.
@@ -199,7 +229,8 @@ def train(
     ]
     last = prepare_folder(config, data, restart=restart)
     set_seed(config.seed)
-    development = make_groups(read_quadruples(config.dev), min_gap=config.min_gap)
+    dev_rows = read_quadruples(config.dev)
+    development = make_groups(dev_rows, min_gap=config.min_gap)
     groups, rows = _training_groups(config)
     _keep_apart(groups, development)
     with _deterministic():
@@ -236,7 +267,8 @@ def train(
     scorer = load_scorer(
         config.output, device=config.device, dtype=config.precision, calibrated=False
     )
-    scores = [score_group(scorer, group) for group in development]
+    # Cross-encoders were trained to read the instruction before the query.
+    scores = score_rows(Reranker(scorer, on_unsupported="prepend"), dev_rows)
     calibrator, reason = _calibrate(config, development, scores)
     report = TrainingReport(
         config=config.relative_to(config.output.parent),
@@ -250,7 +282,7 @@ def train(
         stopped_early=state.global_step < state.max_steps,
         evaluations=_evaluations(state),
         before=before,
-        after=measure_development(development, scores),
+        after=measure_groups(development, scores),
         calibrator=calibrator,
         not_calibrated=reason,
     )
@@ -258,6 +290,7 @@ def train(
     # Last, because where it is a run is complete.
     text = report.model_dump_json(indent=2)
     (config.output / REPORT_FILE).write_text(f"{text}\n", encoding="utf-8")
+    delete_checkpoints(config.output)
     return report
 
 
