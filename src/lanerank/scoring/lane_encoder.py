@@ -27,6 +27,9 @@ _TRUSTED_TOKENS = 8192
 """Tokens of trusted lanes, padding included, that are in memory for requests scored together."""
 _CHARS_PER_TOKEN = 4
 """About, to tell how large a request is before it is read."""
+_ALONE = 4
+"""Forward passes that a request has to fill before it is scored by itself. One that fills fewer is
+quicker among others, where candidates of equal length are found (12 requests of 20: 1.2 times)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +176,7 @@ class LaneEncoderScorer:
         for number, trusted in lanes.items():
             # A request that fills batches by itself best shares its trusted lanes with nobody.
             chars = sum(len(candidate.text) for candidate in requests[number].candidates)
-            if len(lanes) == 1 or chars > _CHARS_PER_TOKEN * self.tokens_per_batch:
+            if len(lanes) == 1 or chars > _CHARS_PER_TOKEN * _ALONE * self.tokens_per_batch:
                 yield [number]
             else:
                 # With an instruction the model has other weights than without.
