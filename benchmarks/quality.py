@@ -1,11 +1,9 @@
 """Compare lanerank-mini with the bi-encoder it started from: `python benchmarks/quality.py`.
 
-Three questions, on data that no weight was trained on (benchmarks/README.md):
+Two questions, on data that no weight was trained on (benchmarks/data/README.md):
 
 - does it follow instructions better than all-MiniLM-L6-v2 given "instruction query" as one text,
   with and without the attributes put before the document;
-- does it hear a condition and its negation: CondaQA's passages that differ in a few words, and
-  documents of three searches of which one is asked for, or left out;
 - without an instruction, is it at least as good on generic retrieval?
 
 Prints tables and writes benchmarks/results/quality.json. Takes some minutes on two cores.
@@ -131,22 +129,6 @@ def main() -> None:
         table.add_row(name, *(f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in estimates))
     console.print(table)
 
-    conditions: dict[str, dict[str, EvaluationReport]] = {}
-    table = Table(title="Conditions and their negation: flip accuracy, a random scorer has 0.5")
-    for column in ("set", *reports):
-        table.add_column(column)
-    for path in sorted(DATA.glob("conditions_*.jsonl.gz")):
-        name = path.name.removeprefix("conditions_").removesuffix(".jsonl.gz")
-        chosen = read_scenarios([path])[: arguments.limit]
-        with console.status(f"{name}, {len(chosen)} queries"):
-            conditions[name] = {each.scorer.name: evaluate(each, chosen) for each in systems}
-        flips = [each.flip_accuracy_instructed for each in conditions[name].values()]
-        table.add_row(
-            f"{name} ({len(chosen)})",
-            *("n/a" if e is None else f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in flips),
-        )
-    console.print(table)
-
     generic: dict[str, dict[str, dict[str, float]]] = {}
     table = Table(title="Generic retrieval, no instruction: nDCG@10")
     for column in ("set", systems[0].scorer.name, "bi-encoder", "difference"):
@@ -174,10 +156,6 @@ def main() -> None:
     console.print(table)
     result = {
         "instructions": {name: report.model_dump(mode="json") for name, report in reports.items()},
-        "conditions": {
-            name: {system: report.model_dump(mode="json") for system, report in found.items()}
-            for name, found in conditions.items()
-        },
         "generic": generic,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -60,7 +60,7 @@ def test_before_training_the_model_is_the_bi_encoder(train):
     from sentence_transformers import SentenceTransformer
 
     folder = train.minilm_folder()
-    model = train.start_as_bi_encoder(folder)
+    model = train.read_bi_encoder(folder)
     lanes = LaneTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")))
     scorer = LaneEncoderScorer(model, lanes, dtype=torch.float32)
     candidates = tuple(Candidate(text=text) for text in DOCUMENTS)
@@ -74,10 +74,10 @@ def test_before_training_the_model_is_the_bi_encoder(train):
 
 def test_training_and_inference_give_the_same_scores(train, collate):
     torch.manual_seed(0)
-    model = train.start_as_bi_encoder(train.minilm_folder())
+    model = train.read_bi_encoder(train.minilm_folder())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if train.is_trained(name) and parameter.dim():
+            if train.is_instructed(name) and parameter.dim():
                 parameter.normal_(std=0.05)
     batch = collate([group("boats")])
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_a_resumed_run_draws_the_groups_it_would_have_drawn(train):
 
 
 def test_a_checkpoint_restores_weights_and_optimiser(train, tmp_path):
-    model = train.start_as_bi_encoder(train.minilm_folder())
+    model = train.read_bi_encoder(train.minilm_folder())
     weights = master_weights(train, model)
 
     def step(weights, model):
@@ -126,7 +126,7 @@ def test_a_checkpoint_restores_weights_and_optimiser(train, tmp_path):
     weights.save(tmp_path / "checkpoint.safetensors", 1)
     step(weights, model)
 
-    other = train.start_as_bi_encoder(train.minilm_folder())
+    other = train.read_bi_encoder(train.minilm_folder())
     resumed = master_weights(train, other)
     assert resumed.load(tmp_path / "checkpoint.safetensors") == 1
     step(resumed, other)
@@ -151,13 +151,13 @@ def test_losses_are_least_where_the_targets_are_met(train):
 
 def test_training_leaves_the_bi_encoder_as_it_was(train, collate, tmp_path):
     folder = train.minilm_folder()
-    model = train.start_as_bi_encoder(folder)
+    model = train.read_bi_encoder(folder)
     weights = master_weights(train, model)
     batch = collate([group("boats")])
     for _ in range(2):
         train.pointwise_loss(train.logits_of(model, batch), batch.targets).backward()
         weights.step(1.0, 1.0)
     train.save_model(weights, folder, tmp_path)
-    start = train.start_as_bi_encoder(folder).state_dict()
+    start = train.read_bi_encoder(folder).state_dict()
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
-        assert torch.equal(tensor, start[name].half()) is not train.is_trained(name), name
+        assert torch.equal(tensor, start[name].half()) is not train.is_instructed(name), name

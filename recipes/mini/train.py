@@ -35,17 +35,12 @@ from lanerank.contracts import Lane
 from lanerank.instruction import Instruction
 from lanerank.lanes import LaneTokenizer, render_attributes
 from lanerank.scoring.lane_encoder import default_dtype
-from lanerank.scoring.modeling_lane_encoder import LaneEncoder, LaneEncoderConfig, trust
+from lanerank.scoring.modeling_lane_encoder import LaneEncoder, trust
+from lanerank.training.bi_encoder import is_instructed, read_bi_encoder
 
 HERE = Path(__file__).parent
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 POOLS = ("scenarios", "injection")
-# What an instruction adds, and the two numbers that turn a plain cosine into a score.
-TRAINED = (
-    *("lane_embeddings.weight", "instruction_weight"),
-    *("plain_scale", "plain_bias", "scale", "bias"),
-)
-
 log = logging.getLogger("train")
 
 
@@ -61,48 +56,10 @@ def minilm_folder() -> Path:
     return folder
 
 
-def start_as_bi_encoder(folder: Path) -> LaneEncoder:
-    """A lane encoder that scores as the bi-encoder in `folder` does, until it is trained."""
-    model = LaneEncoder(LaneEncoderConfig())
-    bert = load_file(folder / "model.safetensors")
-    state = {
-        "word_embeddings.weight": bert["embeddings.word_embeddings.weight"],
-        # The bi-encoder's texts are all of token type 0.
-        "position_embeddings.weight": bert["embeddings.position_embeddings.weight"]
-        + bert["embeddings.token_type_embeddings.weight"][:1],
-    }
-    names = {
-        "attention_output": "attention.output.dense",
-        "attention_norm": "attention.output.LayerNorm",
-        "intermediate": "intermediate.dense",
-        "output": "output.dense",
-        "output_norm": "output.LayerNorm",
-    }
-    for part in ("weight", "bias"):
-        state[f"embedding_norm.{part}"] = bert[f"embeddings.LayerNorm.{part}"]
-        for index in range(model.config.num_hidden_layers):
-            old, new = f"encoder.layer.{index}", f"layers.{index}"
-            state[f"{new}.qkv.{part}"] = torch.cat(
-                [bert[f"{old}.attention.self.{name}.{part}"] for name in ("query", "key", "value")]
-            )
-            for ours, theirs in names.items():
-                state[f"{new}.{ours}.{part}"] = bert[f"{old}.{theirs}.{part}"]
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    surprising = [name for name in missing if not is_trained(name)]
-    if unexpected or surprising:
-        raise SystemExit(f"the weights do not fit: missing {surprising}, unexpected {unexpected}")
-    return model
-
-
-def is_trained(name: str) -> bool:
-    """Whether training moves a parameter; all others are the bi-encoder's."""
-    return name.startswith("head_") or name in TRAINED or name.endswith((".down", ".up", "_gate"))
-
-
 def freeze_bi_encoder(model: LaneEncoder) -> dict[str, Tensor]:
     """Freeze the bi-encoder's parameters; returns the others."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_trained(name))
+        parameter.requires_grad_(is_instructed(name))
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -387,7 +344,7 @@ class MasterWeights:
 @torch.no_grad()
 def save_model(weights: MasterWeights, start: Path, out: Path) -> None:
     """Write the model in float16: the bi-encoder's weights and the trained ones."""
-    model = start_as_bi_encoder(start)
+    model = read_bi_encoder(start)
     for name, trained in weights.master.items():
         model.get_parameter(name).copy_(trained)
     torch.nn.Module.to(model, torch.float16).save_pretrained(out)
@@ -430,7 +387,7 @@ def main() -> None:
     torch.manual_seed(seed)
     folder = minilm_folder()
     dtype = default_dtype(torch.device("cpu"))
-    model = start_as_bi_encoder(folder)
+    model = read_bi_encoder(folder)
     live = freeze_bi_encoder(model)
     rates = {
         name: config[

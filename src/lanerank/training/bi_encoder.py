@@ -50,25 +50,19 @@ def is_head(name: str) -> bool:
     return is_instructed(name) and not name.endswith((".down", ".up"))
 
 
-def convert_bi_encoder(
-    folder: str | Path, destination: str | Path, *, adapter_rank: int = 40
-) -> Path:
-    """Write a lane encoder that scores by the cosine of a bi-encoder, until it is trained.
+def read_bi_encoder(folder: str | Path, *, adapter_rank: int = 40) -> LaneEncoder:
+    """A lane encoder that, until it is trained, scores by the cosine of a bi-encoder.
 
     Args:
         folder: A BERT-shaped bi-encoder with mean pooling, as sentence-transformers writes them:
-            `config.json`, `model.safetensors` and `tokenizer.json`.
-        destination: The folder to write; made if it is missing.
+            `config.json` and `model.safetensors`.
         adapter_rank: The rank of what an instruction will add to each weight matrix. These
             matrices and the head are drawn from torch's generator.
-
-    Returns:
-        The destination.
 
     Raises:
         ModelLoadError: A file is missing or corrupt, or the model is not shaped like BERT.
     """
-    folder, destination = Path(folder), Path(destination)
+    folder = Path(folder)
     fields = _fields(folder / "config.json")
     try:
         config = LaneEncoderConfig(
@@ -88,6 +82,27 @@ def convert_bi_encoder(
         raise ModelLoadError(
             f"the weights in {folder} do not fit: missing {lost}, unexpected {unexpected}"
         )
+    return model
+
+
+def convert_bi_encoder(
+    folder: str | Path, destination: str | Path, *, adapter_rank: int = 40
+) -> Path:
+    """Write what `read_bi_encoder` makes of a bi-encoder.
+
+    Args:
+        folder: See `read_bi_encoder`; with a `tokenizer.json`.
+        destination: The folder to write; made if it is missing.
+        adapter_rank: See `read_bi_encoder`.
+
+    Returns:
+        The destination.
+
+    Raises:
+        ModelLoadError: A file is missing or corrupt, or the model is not shaped like BERT.
+    """
+    folder, destination = Path(folder), Path(destination)
+    model = read_bi_encoder(folder, adapter_rank=adapter_rank)
     destination.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(destination)
     try:
