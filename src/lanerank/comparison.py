@@ -223,7 +223,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _ROWS = 12
 """Ranks with a row and a label of their own; those below share a narrow band."""
 _BAND = 90
-_ROW, _TOP, _NAME, _PITCH = 28, 44, 250, 180
+_ROW, _TOP, _NAME, _PITCH = 28, 44, 266, 180
 _NAME_COLUMNS = 34
 """How much of a document's name fits the width of `_NAME`."""
 

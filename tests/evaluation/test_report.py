@@ -109,7 +109,8 @@ def test_a_report_answers_every_question_in_words():
     assert "Does the instruction help where it should?" in text
     assert "Yes: nDCG@10 is" in text
     assert "Yes, in 1.000 [1.000, 1.000] of the cases" in text
-    for heading in ("With and without the instruction", "Following", "Calibration"):
+    labels = f"{report.comparison.a.label}, {report.comparison.b.label}"
+    for heading in (f"Comparison: {labels}", "Following", "Calibration"):
         assert f"<h2>{heading}</h2>" in text
     tags = [tag for tag, _ in Tags(text).tags]
     assert tags.count("svg") >= 5

@@ -54,12 +54,12 @@ def comparison_section(comparison: Comparison) -> list[Content]:
         "order kept",
     )
     parts: list[Content] = [
-        element("h2", {}, "With and without the instruction"),
+        element("h2", {}, f"Comparison: {comparison.a.label}, {comparison.b.label}"),
         words(
-            "The same queries and candidates, ranked with the instruction and without. On queries "
-            "that the instruction is about it should lift the measure; on others the difference "
-            "should lie within the margin. The last column is the rank-biased overlap of the two "
-            "orders: 1 is the same order."
+            "The same queries and candidates, ranked in both ways; a difference above 0 speaks for "
+            "the second. On queries that an instruction is about it should lift the measure; on "
+            "others the difference should lie within the margin. The last column is the "
+            "rank-biased overlap of the two orders: 1 is the same order."
         ),
         table(headings(names), rows),
         element("p", {"class": "soft"}, f"p: {comparison.test}"),
