@@ -243,7 +243,7 @@ def test_two_thousand_requests_of_64_clients_each_get_their_own_answer(server, c
     assert documents == sum(
         len(body["documents"]) * len(given) for body, given in zip(bodies, answers, strict=True)
     )
-    assert batches < 1000, "requests of several clients share a batch"
+    assert batches < requests, "requests of several clients share a batch"
 
 
 def test_a_bad_request_fails_alone(server) -> None:
@@ -338,8 +338,9 @@ def model_processes() -> set[int]:
     """The processes of the model, by number."""
     return {
         each.pid
-        for each in psutil.process_iter()
-        if any("ServeReplica:lanerank:Model" in word for word in each.cmdline())
+        # Of a process that ends meanwhile there is no command line.
+        for each in psutil.process_iter(["cmdline"])
+        if any("ServeReplica:lanerank:Model" in word for word in each.info["cmdline"] or ())
     }
 
 
