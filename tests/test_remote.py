@@ -573,10 +573,13 @@ def test_awaiting_takes_no_thread(serve, connect) -> None:
     reranker = Reranker(connect(server, service=contract))
     assert isinstance(reranker.scorer, AsyncScorer)
     caller = threading.get_ident()
+    before = set(threading.enumerate())  # of earlier tests, whose scorers are not collected yet
     threads = []
+    taken = set()
 
     def progress(done: int, total: int) -> None:
         threads.append(threading.get_ident())
+        taken.update(set(threading.enumerate()) - before)
 
     async def rank():
         with use_instruction("blue"):
@@ -589,7 +592,7 @@ def test_awaiting_takes_no_thread(serve, connect) -> None:
     assert (ranking.instruction_applied, ranking.instruction_source) == ("lane", "use_instruction")
     assert executor is None
     assert threads == [caller] * 3
-    assert not any("lanerank" in thread.name for thread in threading.enumerate())
+    assert not any("lanerank" in thread.name for thread in taken)
 
 
 def test_many_calls_on_one_loop_keep_their_instructions(serve, connect) -> None:
