@@ -199,10 +199,10 @@ def row(query: str, document: str, score: float, instruction: str | None = None)
 
 
 class TestCheck:
-    def test_warnings_are_a_table_and_exit_with_1_only_where_strict(self, run, quadruples):
+    def test_errors_are_a_table_and_exit_with_1(self, run, quadruples):
         bad = [row("fish", "a fish", 1.0), row("fish", "a red fish", 0.0)]
         write_quadruples(Path("bad.jsonl"), bad)
-        result = run("check", "bad.jsonl")
+        result = run("check", "bad.jsonl", code=1)
         for said in (
             "2 rows of 1 queries",
             "uninstructed",
@@ -210,9 +210,19 @@ class TestCheck:
             "Add rows with an instruction",
         ):
             assert said in result.stdout
-        run("check", "bad.jsonl", "--strict", code=1)
-        report = CheckReport.model_validate_json(run("check", "bad.jsonl", "--json").stdout)
+        report = CheckReport.model_validate_json(run("check", "bad.jsonl", "--json", code=1).stdout)
         assert not report.passed
+        assert report.defeats_training
+
+    def test_warnings_exit_with_1_only_where_strict(self, run, quadruples, rows):
+        # Two of three queries always have the same instruction.
+        lone = [row(f"fish {n}", text, n % 2, "red only") for n in range(30) for text in ("a", "b")]
+        mixed = [each for each in rows if each.query_key == rows[0].query_key]
+        write_quadruples(Path("lone.jsonl"), [*mixed, *lone])
+        report = CheckReport.model_validate_json(run("check", "lone.jsonl", "--json").stdout)
+        assert not report.passed
+        assert not report.defeats_training
+        run("check", "lone.jsonl", "--strict", code=1)
 
     def test_sound_data_pass(self, run, quadruples, rows):
         result = run("check", quadruples, "--strict")
@@ -220,14 +230,15 @@ class TestCheck:
 
     def test_a_development_set_that_was_trained_on(self, run, quadruples):
         run("check", quadruples, "--dev", quadruples, "--strict", code=1)
-        report = json.loads(run("check", quadruples, "--dev", quadruples, "--json").stdout)
+        found = run("check", quadruples, "--dev", quadruples, "--json", code=1)
+        report = json.loads(found.stdout)
         found = {each["check"]: each for each in report["findings"]}
         assert (found["split"]["severity"], found["split"]["value"]) == ("error", 1.0)
 
     def test_hostile_texts_cannot_act_on_the_terminal(self, run):
         evil = "[red]a\x1b[31m fish[/]"
         write_quadruples(Path("evil.jsonl"), [row("f", evil, 1.0), row("f", evil, 0.0)])
-        result = run("check", "evil.jsonl")
+        result = run("check", "evil.jsonl", code=1)
         assert "\x1b[31m" not in result.stdout
         assert "[red]a" in result.stdout
 

@@ -59,7 +59,7 @@ def check_data(
     files: _Quadruples,
     dev: _Development = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 1 if there is a warning or an error.")
+        bool, typer.Option("--strict", help="Exit with 1 for a warning too, not only for an error.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -67,7 +67,7 @@ def check_data(
 
     For instance: no document whose score changes with the instruction, instructions that repeat the
     document, length or position that give the score away, a development set that was trained on.
-    Exits with 0 whatever is found; with `--strict`, hints do not count.
+    Exits with 1 if there is an error, and with `--strict` also for a warning; hints never count.
     """
     from lanerank import training
 
@@ -77,7 +77,7 @@ def check_data(
         typer.echo(report.model_dump_json(indent=2))
     else:
         _print_checks(report)
-    if strict and not report.passed:
+    if report.defeats_training or (strict and not report.passed):
         raise typer.Exit(1)
 
 

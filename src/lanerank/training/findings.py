@@ -75,6 +75,11 @@ class CheckReport(BaseModel):
         """Whether there is neither an error nor a warning."""
         return all(finding.severity in ("ok", "hint") for finding in self.findings)
 
+    @property
+    def defeats_training(self) -> bool:
+        """Whether there is an error."""
+        return any(finding.severity == "error" for finding in self.findings)
+
     def _repr_html_(self) -> str:
         """A table, the worst first, for notebooks."""
         well = [finding for finding in self.findings if finding.severity == "ok"]
