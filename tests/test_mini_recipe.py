@@ -24,6 +24,13 @@ DOCUMENTS = (
 
 @pytest.fixture(scope="module")
 def train():
+    # As for a script: its neighbours can be imported.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(RECIPE)
+        yield from _train()
+
+
+def _train():
     spec = importlib.util.spec_from_file_location("mini_train", RECIPE / "train.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["mini_train"] = module
@@ -40,6 +47,7 @@ def collate(train):
 
 def group(query):
     return {
+        "source": "scenarios",
         "query": query,
         "today": "2026-03-10",
         "documents": [{"text": text, "attributes": {"date": "2026-01-10"}} for text in DOCUMENTS],
@@ -81,7 +89,7 @@ def test_training_and_inference_give_the_same_scores(train, collate):
                 parameter.normal_(std=0.05)
     batch = collate([group("boats")])
     with torch.no_grad():
-        trained = train.logits_of(model, batch).sigmoid().tolist()
+        trained = train.outputs_of(model, batch).logits.sigmoid().tolist()
     scorer = LaneEncoderScorer(model, collate.lanes, dtype=torch.float32)
     inferred = []
     for lane in group("boats")["lanes"]:
@@ -100,9 +108,50 @@ def test_the_collator_pairs_lanes_of_the_same_document(collate):
     assert len(batch.targets) == 2 * 3 * len(DOCUMENTS)
     # Unlabelled targets are no evidence that an instruction changed anything.
     assert not batch.targets[batch.vertical].isnan().any()
-    assert len(batch.neutral) == 2 * len(DOCUMENTS)
+    assert len(batch.equal) == 2 * len(DOCUMENTS)
     assert [part.instruction_ids is None for part in batch.requests] == [True, False]
     assert [len(part.query_ids) for part in batch.requests] == [2, 4]
+
+
+def test_an_attacked_copy_deserves_the_score_of_the_clean_document(collate):
+    batch = collate([{**group("boats"), "twins": [[0, 2]]}])
+    neutral = len(DOCUMENTS)
+    # Under the two instructions; without one there is nothing to train.
+    assert batch.equal[neutral:].tolist() == [[4, 6], [8, 10]]
+
+
+def test_instructions_carry_labels_for_what_they_exclude_and_whether_they_count(collate):
+    asked = group("boats")
+    asked["lanes"][1]["instruction"] = "Leave out ferries, show pilots."
+    [_, part] = collate([asked]).requests
+    [excluding, neutral] = part.exclusions.tolist()
+    words = collate.lanes.content("leave out ferries, show pilots.")
+    ferries = collate.lanes.content("ferries")
+    at = 1 + words.index(ferries[0])
+    assert [i for i, label in enumerate(excluding) if label] == [*range(at, at + len(ferries))]
+    assert not any(neutral)
+    assert part.strengths.tolist() == [1.0, 0.0]
+    [_, unknown] = collate([{**asked, "source": "condaqa"}]).requests
+    assert unknown.exclusions[0].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("instruction", "excluded"),
+    [
+        ("Leave out anything about the planet.", ["anything about the planet"]),
+        ("Exclude everything but the planet", []),
+        ("Not the planet but the god.", ["the planet"]),
+        ("Anything but vegetarian. It has to be ready.", ["vegetarian"]),
+        ("Texts on war must not appear", ["Texts on war"]),
+        ("Neither rice nor beans; show peas", ["rice nor beans"]),
+        ("Nothing but drama", []),
+        ("No topics other than drama.", ["topics"]),
+        ("I sail, and I fish.", []),
+    ],
+)
+def test_cues_tell_what_an_instruction_excludes(train, instruction, excluded):
+    spans = train.excluded_spans(instruction)
+    assert [instruction[start:end].strip() for start, end in spans] == excluded
 
 
 def test_a_resumed_run_draws_the_groups_it_would_have_drawn(train):
@@ -112,6 +161,16 @@ def test_a_resumed_run_draws_the_groups_it_would_have_drawn(train):
     assert drawn == [train.draw(pools, mix, 7, step) for step in range(40)]
     counts = [sum(g == {"n": n} for groups in drawn for g in groups) for n in range(1, 10)]
     assert set(counts) == {6}  # 60 draws from 10 groups: whole epochs
+
+
+def test_a_pool_may_enter_late_and_change_its_rate(train):
+    pools = {"a": [{"a": n} for n in range(100)], "late": [{"late": n} for n in range(100)]}
+    mix = {"a": [[0, 2.5], [4, 1.0]], "late": [[4, 1.5]]}
+    counts = [[g for g in train.draw(pools, mix, 7, step)] for step in range(8)]
+    assert [sum("a" in g for g in step) for step in counts] == [2, 3, 2, 3, 1, 1, 1, 1]
+    assert [sum("late" in g for g in step) for step in counts] == [0, 0, 0, 0, 1, 2, 1, 2]
+    seen = [g["a"] for step in counts for g in step if "a" in g]
+    assert len(set(seen)) == len(seen) == 14
 
 
 def test_a_checkpoint_restores_weights_and_optimiser(train, tmp_path):
@@ -145,8 +204,8 @@ def test_losses_are_least_where_the_targets_are_met(train):
         lambda x: train.vertical_loss(x, targets, pairs),
     ):
         assert loss(right) < loss(torch.zeros(4)) < loss(wrong)
-    assert train.neutral_loss(right, torch.tensor([[0, 3]])) == 0
-    assert train.neutral_loss(right, torch.tensor([[0, 1]])) > 1
+    assert train.equality_loss(right, torch.tensor([[0, 3]])) == 0
+    assert train.equality_loss(right, torch.tensor([[0, 1]])) > 1
 
 
 def test_training_leaves_the_bi_encoder_as_it_was(train, collate, tmp_path):
@@ -154,8 +213,8 @@ def test_training_leaves_the_bi_encoder_as_it_was(train, collate, tmp_path):
     model = train.read_bi_encoder(folder)
     weights = master_weights(train, model)
     batch = collate([group("boats")])
-    for _ in range(2):
-        train.pointwise_loss(train.logits_of(model, batch), batch.targets).backward()
+    for _ in range(5):
+        train.pointwise_loss(train.outputs_of(model, batch).logits, batch.targets).backward()
         weights.step(1.0, 1.0)
     train.save_model(weights, folder, tmp_path)
     start = train.read_bi_encoder(folder).state_dict()

@@ -254,15 +254,45 @@ def scenario_group(scenario: Record) -> Record:
     }
 
 
+def as_scenario(group: Record) -> Record:
+    """A group in the form of a scenario, for measuring, without lanes of unknown targets."""
+    lanes = [
+        {
+            "kind": "business_rule" if lane["kind"] == "negation" else lane["kind"],
+            "instruction": lane["instruction"],
+            "grades": {
+                document["id"]: sum(target >= limit for limit in (0.15, 0.5, 0.85))
+                for document, target in zip(group["documents"], lane["targets"], strict=True)
+            },
+        }
+        for lane in group["lanes"]
+        if None not in lane["targets"]
+    ]
+    documents = [
+        {"id": d["id"], "text": d["text"], "metadata": d["attributes"]} for d in group["documents"]
+    ]
+    return {
+        **{name: group[name] for name in ("id", "query", "today")},
+        "domain": group["source"],
+        "documents": documents,
+        "lanes": lanes,
+    }
+
+
 def plain_targets(group: Record) -> list[float]:
     """The targets without an instruction."""
     return next(lane["targets"] for lane in group["lanes"] if lane["kind"] == "none")
 
 
 def injection_groups(ctx: Context, groups: list[Record]) -> Iterator[Record | None]:
-    """Scenario groups in which two documents carry an injected command, their targets unchanged."""
+    """Scenario groups in which two documents carry injected text, their targets unchanged.
+
+    Commands in one third; in the others the instruction or the query itself, as much of it as a
+    document could have guessed. `twins` names the clean document of each attacked one.
+    """
     rng = ctx.rng("injection")
-    for group in rng.sample(groups, len(groups)):
+    twice = [group for _ in range(2) for group in rng.sample(groups, len(groups))]
+    for number, group in enumerate(twice):
         lanes = group["lanes"]
         said = rng.choice([lane["instruction"] for lane in lanes if lane["instruction"]])
         places = range(len(group["documents"]))
@@ -271,27 +301,43 @@ def injection_groups(ctx: Context, groups: list[Record]) -> Iterator[Record | No
         if rng.random() < 0.35:
             wanted = [i for i in places if max(lane["targets"][i] for lane in lanes) > 0.7]
             chosen[-1:] = rng.sample(wanted, 1)
-        rows = []
+        rows, clean = [], {}
         for i, document in enumerate(group["documents"]):
             text, shown = document["text"], document["attributes"]
-            if i not in chosen or rng.random() < 0.5:
-                rows.append(Row(text, i, plain_targets(group)[i], shown))
+            rows.append(Row(text, i, plain_targets(group)[i], shown))
             if i in chosen:
-                text = inject(rng, ctx.words, text, group["query"], said)
-                rows.append(Row(text, i, plain_targets(group)[i], shown))
+                wordings = ctx.words["injection" if number % 3 == 0 else "echo"]
+                attacked = inject(rng, wordings, text, group["query"], said)
+                clean[attacked] = text
+                rows.append(Row(attacked, i, plain_targets(group)[i], shown))
         judged = [
             Lane(lane["kind"], lane["instruction"], lambda row, t=lane["targets"]: t[row.key])
             for lane in lanes
             if lane["instruction"]
         ]
-        yield make_group(rng, "injection", group["query"], rows, judged, group["today"])
+        made = make_group(rng, "injection", group["query"], rows, judged, group["today"])
+        if made is not None:
+            places = {document["text"]: i for i, document in enumerate(made["documents"])}
+            made["twins"] = [[places[text], places[attacked]] for attacked, text in clean.items()]
+        yield made
 
 
-def inject(rng: random.Random, words: Wordings, text: str, query: str, said: str) -> str:
-    """Put one or two injected commands before, behind or inside a text."""
-    command = rng.choice(words["injection"]).replace("{q}", query).replace("{i}", said)
-    if rng.random() < 0.25:
-        command = f"{command} {rng.choice(words['injection'][:20])}"
+def excerpt(rng: random.Random, text: str) -> str:
+    """Most of the words of a text, from its beginning, its middle or its end."""
+    words = text.split()
+    kept = max(1, round(len(words) * rng.uniform(0.4, 0.95)))
+    at = rng.choice([0, rng.randint(0, len(words) - kept), len(words) - kept])
+    return " ".join(words[at : at + kept])
+
+
+def inject(rng: random.Random, wordings: list[str], text: str, query: str, said: str) -> str:
+    """Put one or two injected texts before, behind or inside a text."""
+    chosen = rng.sample(wordings, 2 if rng.random() < 0.25 else 1)
+    command = " ".join(
+        wording.replace("{q}", excerpt(rng, query)).replace("{i}", excerpt(rng, said))
+        for wording in chosen
+    )
+    command = " ".join([command] * rng.choice([1, 1, 1, 2, 3]))
     parts = sentences(text)
     at = rng.choice([0, len(parts), len(parts), rng.randint(0, len(parts))])
     return " ".join([*parts[:at], command, *parts[at:]])
@@ -701,6 +747,18 @@ def edited_window(passages: list[str]) -> list[str]:
 
 def condaqa_groups(ctx: Context) -> Iterator[Record | None]:
     """CondaQA: versions of one passage, a few words apart, that answer a question yes or no."""
+    for key, group in condaqa_questions(ctx):
+        if not held_out(key):
+            yield group
+
+
+def held_out(passage: str) -> bool:
+    """Whether a passage of CondaQA, in all its versions, is for development: one in eight."""
+    return hashlib.sha1(f"condaqa:{passage}".encode()).digest()[0] < 32
+
+
+def condaqa_questions(ctx: Context) -> Iterator[tuple[str, Record | None]]:
+    """The group of each question, with the identifier of its passage."""
     rng, questions = ctx.rng("condaqa"), defaultdict(dict)
     for record in read_jsonl("condaqa/condaqa.jsonl.gz"):
         if record["label"] in {"YES", "NO"} and len(record["question"].split()) <= 30:
@@ -725,7 +783,7 @@ def condaqa_groups(ctx: Context) -> Iterator[Record | None]:
             Lane("business_rule", ctx.words.say(rng, "condition_yes", q=question), only("YES")),
             Lane("negation", ctx.words.say(rng, "condition_no", q=question), only("NO")),
         ]
-        yield make_group(rng, "condaqa", query, rows, lanes)
+        yield str(key[0]), make_group(rng, "condaqa", query, rows, lanes)
 
 
 def qulac_groups(ctx: Context) -> Iterator[Record | None]:
@@ -1025,14 +1083,44 @@ def generic_groups(ctx: Context, task: Task) -> Iterator[Record]:
         }
 
 
-def neutral_groups(ctx: Context, groups: list[Record], count: int) -> Iterator[Record]:
-    """Groups with instructions that change nothing."""
+def padded_groups(ctx: Context, groups: list[Record], count: int) -> Iterator[Record]:
+    """Scenario groups whose instructions stand amid sentences that ask for nothing."""
+    rng = ctx.rng("padded")
+    for group in rng.sample(groups, count):
+        lanes = []
+        for lane in group["lanes"]:
+            text = lane["instruction"]
+            if text is not None:
+                parts = rng.sample(ctx.words["neutral"], rng.randint(2, 20))
+                at = rng.choice([0, len(parts), rng.randint(0, len(parts))])
+                text = " ".join([*parts[:at], text, *parts[at:]])
+            lanes.append({**lane, "instruction": text})
+        yield {**group, "id": f"padded-{group['id']}", "source": "padded", "lanes": lanes}
+
+
+def neutral_groups(
+    ctx: Context, groups: list[Record], count: int, scenarios: list[Record], domains: dict[str, str]
+) -> Iterator[Record]:
+    """Groups with instructions that change nothing: they ask for nothing, or for something else.
+
+    What the terms or the user of another domain mean says nothing about a query; rules and dates
+    may, and are not taken.
+    """
+    bound = {"disambiguation", "glossary", "user_context"}
     rng = ctx.rng("neutral")
     for group in rng.sample(groups, count):
         plain = {"kind": "none", "instruction": None, "targets": plain_targets(group)}
         first, second, third = rng.sample(ctx.words["neutral"], 3)
         texts = [first, second if rng.random() < 0.6 else f"{second} {third}"]
-        lanes = [plain, *[{**plain, "kind": "neutral", "instruction": text} for text in texts]]
+        other = rng.choice(scenarios)
+        while domains[other["id"]] == domains.get(group["id"]):
+            other = rng.choice(scenarios)
+        said = [lane["instruction"] for lane in other["lanes"] if lane["kind"] in bound]
+        if said and rng.random() < 0.6:
+            texts.append(rng.choice(said))
+        # No targets: what counts is that the scores are those without an instruction.
+        nothing = {"kind": "neutral", "targets": [None] * len(plain["targets"])}
+        lanes = [plain, *[{**nothing, "instruction": text} for text in texts]]
         yield {**group, "id": f"neutral-{group['id']}", "source": "neutral", "lanes": lanes}
 
 
@@ -1210,9 +1298,9 @@ def instructed_groups(
 ) -> list[Record]:
     """Every group with instructions that is made from the public sets and the scenarios."""
     return [
-        *take(420, injection_groups(ctx, groups)),
-        *take(420, opposite_groups(ctx, groups)),
-        *take(400, scenario_contrasts(ctx, groups, domains)),
+        *take(2400, injection_groups(ctx, groups)),
+        *take(900, opposite_groups(ctx, groups)),
+        *take(700, scenario_contrasts(ctx, groups, domains)),
         *take(500, term_contrasts(ctx, part.papers)),
         *take(400, disease_contrasts(ctx, part.diseases)),
         *take(300, heading_contrasts(ctx, part.studies)),
@@ -1225,7 +1313,7 @@ def instructed_groups(
         *take(250, year_groups(ctx, part.studies)),
         *take(150, finding_groups(ctx, part.studies)),
         *take(650, attributes_of_diseases(ctx, part.diseases)),
-        *take(650, attributes_of_scenarios(ctx, groups)),
+        *take(1300, attributes_of_scenarios(ctx, groups)),
     ]
 
 
@@ -1235,7 +1323,10 @@ def build(out: Path, seed: int) -> None:
     ctx = Context(seed, Wordings(), Encoder(out / "embeddings.npz"))
     ctx.dev_ids = set((DATA / "dev_ids.txt").read_text("utf-8").split())
     files = sorted(path.name for path in (DATA / "scenarios").glob("*.jsonl.gz"))
-    scenarios = [record for name in files for record in read_jsonl(f"scenarios/{name}")]
+    series = {name: read_jsonl(f"scenarios/{name}") for name in files}
+    # The fourth series is trained on as it is; nothing is derived from it.
+    late = [record for name in files if name.startswith("fourth_") for record in series.pop(name)]
+    scenarios = [record for records in series.values() for record in records]
     held = [scenario for scenario in scenarios if scenario["id"] in ctx.dev_ids]
     ctx.taken = {word for scenario in held for word in content_words(scenario["query"])}
     groups = [scenario_group(s) for s in scenarios if s["id"] not in ctx.dev_ids]
@@ -1251,8 +1342,19 @@ def build(out: Path, seed: int) -> None:
     generic = [group for task in tasks for group in generic_groups(ctx, task)]
     instructed = instructed_groups(ctx, groups, domains, train)
     plain = [*groups, *draw(ctx.rng("plain"), generic, 500)]
-    everything = [*groups, *instructed, *neutral_groups(ctx, plain, 450)]
+    everything = [
+        *groups,
+        *({**scenario_group(scenario), "source": "late"} for scenario in late),
+        *instructed,
+        *padded_groups(ctx, groups, 900),
+        *neutral_groups(ctx, plain, 1800, groups, domains),
+    ]
     write_jsonl(out / "train.jsonl.gz", everything)
+    held_questions = (group for key, group in condaqa_questions(ctx) if held_out(key))
+    write_jsonl(out / "dev_condaqa.jsonl", map(as_scenario, take(150, held_questions)))
+    apart = [scenario_group(scenario) for scenario in held]
+    contrasts = take(80, scenario_contrasts(ctx, apart, domains))
+    write_jsonl(out / "dev_exclusion.jsonl", map(as_scenario, contrasts))
     write_jsonl(out / "dev_scenarios.jsonl", held)
     for task, hard in (
         (xquad_task(ctx, unseen.paragraphs, "xquad_dev", 120), 10),

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import random
 import time
 import tomllib
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from excluded import excluded_spans
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -40,7 +42,9 @@ from lanerank.training.bi_encoder import is_instructed, read_bi_encoder
 
 HERE = Path(__file__).parent
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-POOLS = ("scenarios", "injection")
+POOLS = ("scenarios", "late", "padded", "injection", "neutral")
+# Sources whose answers yes and no, or whose wordings, the labels of exclusion do not understand.
+WITHOUT_EXCLUSIONS = frozenset({"condaqa", "pubmedqa", "qulac"})
 log = logging.getLogger("train")
 
 
@@ -81,6 +85,10 @@ class Requests:
     """`(n, i)`; `None` for requests without an instruction."""
     query_ids: Tensor
     """`(n, q)`."""
+    exclusions: Tensor
+    """`(n, i)`: 1 for a token that names what is not wanted, 0 for others, NaN where not known."""
+    strengths: Tensor
+    """`(n,)`: 0 for instructions that change nothing, else 1."""
     passes: list[tuple[Tensor, Tensor, Tensor, Tensor]]
     """For each forward pass: positions in the batch, ids, lanes, request of each candidate."""
 
@@ -96,8 +104,18 @@ class Batch:
     """For each request, the positions of its candidates."""
     vertical: Tensor
     """`(v, 2)`: positions of the same document under two instructions."""
-    neutral: Tensor
-    """`(m, 2)`: positions of the same document under none and under a neutral instruction."""
+    equal: Tensor
+    """`(m, 2)`: positions that deserve one score: the same document under none and under a neutral
+    instruction, or a document and its attacked copy under one instruction."""
+
+
+@dataclass
+class _Request:
+    rule: tuple[int, ...]
+    query: tuple[int, ...]
+    places: list[int]
+    exclusions: tuple[float, ...]
+    strength: float
 
 
 class Collator:
@@ -108,9 +126,18 @@ class Collator:
         self.lanes = lanes
         self.tokens_per_batch = tokens_per_batch
         self.content = lru_cache(maxsize=400_000)(self._content)
+        self.exclusions = lru_cache(maxsize=400_000)(self._exclusions)
 
     def _content(self, text: str) -> tuple[int, ...]:
         return tuple(self.lanes.content(text))
+
+    def _exclusions(self, text: str) -> tuple[float, ...]:
+        labels = [0.0] * len(self.lanes.trusted(Lane.INSTRUCTION, text))
+        for start, end in excluded_spans(text):
+            # Spans begin and end with words, so that their tokens are those of the whole text.
+            first, last = (1 + len(self.content(text[:at])) for at in (start, end))
+            labels[first:last] = [1.0] * (last - first)
+        return tuple(labels)
 
     def candidate(self, text: str, attributes: str) -> tuple[tuple[int, ...], int]:
         """The ids of a candidate, and how many of them are its attributes lane."""
@@ -122,12 +149,11 @@ class Collator:
 
     def __call__(self, groups: Sequence[dict[str, Any]]) -> Batch:
         """Lay out every lane and document of the groups."""
-        # Requests without an instruction, and with one: instruction, query, candidates.
-        kinds: dict[bool, list[tuple[tuple[int, ...], tuple[int, ...], list[int]]]]
-        kinds = {False: [], True: []}
+        # Requests without an instruction, and with one.
+        kinds: dict[bool, list[_Request]] = {False: [], True: []}
         rows: list[tuple[tuple[int, ...], int]] = []
         targets: list[float] = []
-        lists, vertical, neutral = [], [], []
+        lists, vertical, equal = [], [], []
         for group in groups:
             today = date.fromisoformat(group["today"]) if group.get("today") else None
             encoded = [
@@ -143,20 +169,27 @@ class Collator:
                 text = Instruction(lane["instruction"], today=today).render()
                 rule = self.lanes.trusted(Lane.INSTRUCTION, text if lane["instruction"] else "")
                 places = list(range(len(rows), len(rows) + len(encoded)))
-                kinds[bool(rule)].append((rule, query, places))
+                labels = self.exclusions(text) if rule else ()
+                if group["source"] in WITHOUT_EXCLUSIONS:
+                    labels = (math.nan,) * len(rule)
+                strength = float(lane["kind"] != "neutral")
+                kinds[bool(rule)].append(_Request(rule, query, places, labels, strength))
                 starts.append(len(rows))
                 rows += encoded
                 targets += [float("nan") if t is None else t for t in lane["targets"]]
                 lists.append(torch.tensor(places))
             for pairs, is_neutral in same_document_pairs(group, starts):
-                neutral += pairs if is_neutral else []
+                equal += pairs if is_neutral else []
                 vertical += [p for p in pairs if abs(targets[p[0]] - targets[p[1]]) > 0.1]
+            equal += attacked_pairs(group, starts)
         return Batch(
             [
                 Requests(
-                    _pad([rule for rule, _, _ in kind]) if instructed else None,
-                    _pad([query for _, query, _ in kind]),
-                    list(self._passes(rows, [places for _, _, places in kind])),
+                    _pad([each.rule for each in kind]) if instructed else None,
+                    _pad([each.query for each in kind]),
+                    _pad([each.exclusions for each in kind], torch.float32),
+                    torch.tensor([each.strength for each in kind]),
+                    list(self._passes(rows, [each.places for each in kind])),
                 )
                 for instructed, kind in kinds.items()
                 if kind
@@ -164,7 +197,7 @@ class Collator:
             torch.tensor(targets),
             lists,
             torch.tensor(vertical, dtype=torch.long).reshape(-1, 2),
-            torch.tensor(neutral, dtype=torch.long).reshape(-1, 2),
+            torch.tensor(equal, dtype=torch.long).reshape(-1, 2),
         )
 
     def _passes(
@@ -201,17 +234,43 @@ def same_document_pairs(
             yield pairs, {first["kind"], second["kind"]} == {"none", "neutral"}
 
 
-def _pad(sequences: Sequence[Sequence[int]]) -> Tensor:
+def attacked_pairs(group: dict[str, Any], starts: Sequence[int]) -> list[tuple[int, int]]:
+    """For every lane with an instruction, the positions of each attacked document and its twin.
+
+    Without an instruction there is nothing to train that could tell them apart.
+    """
+    return [
+        (start + clean, start + attacked)
+        for lane, start in zip(group["lanes"], starts, strict=True)
+        if lane["instruction"]
+        for clean, attacked in group.get("twins", ())
+    ]
+
+
+def _pad(sequences: Sequence[Sequence[float]], dtype: torch.dtype = torch.long) -> Tensor:
     longest = max(map(len, sequences))
-    padded = torch.zeros(len(sequences), longest, dtype=torch.long)
-    for row, ids in enumerate(sequences):
-        padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+    padded = torch.zeros(len(sequences), longest, dtype=dtype)
+    for row, numbers in enumerate(sequences):
+        padded[row, : len(numbers)] = torch.tensor(numbers, dtype=dtype)
     return padded
 
 
-def logits_of(model: LaneEncoder, batch: Batch) -> Tensor:
-    """The logits of every pair of the batch; the trusted lanes are computed once a request."""
+@dataclass
+class Outputs:
+    """What the model says of a batch."""
+
+    logits: Tensor
+    """`(pairs,)`."""
+    exclusion: tuple[Tensor, Tensor]
+    """Probabilities that tokens of instructions are excluded, and their labels."""
+    strength: tuple[Tensor, Tensor]
+    """Logits of the strengths of instructions, and their labels."""
+
+
+def outputs_of(model: LaneEncoder, batch: Batch) -> Outputs:
+    """What the model says of a batch; the trusted lanes are computed once a request."""
     logits, positions = [], []
+    exclusion = strength = (torch.zeros(0), torch.zeros(0))
     for requests in batch.requests:
         instruction = None
         if requests.instruction_ids is not None:
@@ -220,10 +279,14 @@ def logits_of(model: LaneEncoder, batch: Batch) -> Tensor:
         ids = requests.query_ids
         query = model.encode_trusted(Lane.QUERY, ids, ids != 0, instruction)
         trusted = trust(query, instruction)
+        if instruction is not None:
+            known = instruction.mask & ~requests.exclusions.isnan()
+            exclusion = instruction.exclusion[known], requests.exclusions[known]
+            strength = model.strength(trusted), requests.strengths
         for position, ids, lanes, group in requests.passes:
             positions.append(position)
             logits.append(model.score_candidates(ids, lanes, ids != 0, trusted, group))
-    return torch.cat(logits)[torch.cat(positions).argsort()]
+    return Outputs(torch.cat(logits)[torch.cat(positions).argsort()], exclusion, strength)
 
 
 def pointwise_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -253,11 +316,25 @@ def vertical_loss(logits: Tensor, targets: Tensor, pairs: Tensor) -> Tensor:
     return (F.softplus(-margin) * gap.abs()).sum() / gap.abs().sum()
 
 
-def neutral_loss(logits: Tensor, pairs: Tensor) -> Tensor:
-    """An instruction that changes nothing keeps the score: squared difference of probabilities."""
+def equality_loss(logits: Tensor, pairs: Tensor) -> Tensor:
+    """What changes nothing keeps the score: squared difference of probabilities."""
     if not len(pairs):
         return logits.sum() * 0
     return (logits[pairs[:, 0]].sigmoid() - logits[pairs[:, 1]].sigmoid()).square().mean() * 10
+
+
+def exclusion_loss(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy over the tokens of instructions."""
+    if not len(labels):
+        return probabilities.sum() * 0
+    return F.binary_cross_entropy(probabilities.clamp(1e-4, 1 - 1e-4), labels)
+
+
+def strength_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy over instructions: whether they change anything."""
+    if not len(labels):
+        return logits.sum() * 0
+    return F.binary_cross_entropy_with_logits(logits, labels)
 
 
 def losses_of(
@@ -265,14 +342,14 @@ def losses_of(
     targets: Tensor,
     lists: Sequence[Tensor],
     vertical: Tensor,
-    neutral: Tensor,
+    equal: Tensor,
 ) -> dict[str, Tensor]:
-    """The four losses of a batch; the configuration has their weights."""
+    """The four losses of scores; the configuration has their weights."""
     return {
         "pointwise": pointwise_loss(logits, targets),
         "listwise": listwise_loss(logits, targets, lists),
         "vertical": vertical_loss(logits, targets, vertical),
-        "neutral": neutral_loss(logits, neutral),
+        "equality": equality_loss(logits, equal),
     }
 
 
@@ -351,8 +428,20 @@ def save_model(weights: MasterWeights, start: Path, out: Path) -> None:
     (out / "tokenizer.json").write_bytes((start / "tokenizer.json").read_bytes())
 
 
+Rate = float | list[tuple[int, float]]
+"""Groups a step; or pairs of a step and the rate from there on, the first rate before being 0."""
+
+
+def drawn_before(rate: Rate, step: int) -> int:
+    """How many groups a pool has given before a step."""
+    pairs = rate if isinstance(rate, list) else [(0, rate)]
+    ends = [*(start for start, _ in pairs[1:]), step]
+    spans = zip(pairs, ends, strict=True)
+    return int(sum(each * max(0, min(step, end) - start) for (start, each), end in spans))
+
+
 def draw(
-    pools: dict[str, list[dict[str, Any]]], mix: dict[str, float], seed: int, step: int
+    pools: dict[str, list[dict[str, Any]]], mix: dict[str, Rate], seed: int, step: int
 ) -> list[dict[str, Any]]:
     """The groups of a step: a function of seed and step, so that a resumed run sees the same.
 
@@ -362,7 +451,7 @@ def draw(
     for name, rate in mix.items():
         pool = pools[name]
         if pool:
-            for k in range(int(rate * step), int(rate * (step + 1))):
+            for k in range(drawn_before(rate, step), drawn_before(rate, step + 1)):
                 epoch, position = divmod(k, len(pool))
                 order = list(range(len(pool)))
                 random.Random(f"{seed}/{name}/{epoch}").shuffle(order)
@@ -408,8 +497,12 @@ def main() -> None:
     mean: dict[str, float] = {}
     for step in range(first, steps):
         batch = collate(draw(pools, config["mix"], seed, step))
-        logits = logits_of(model, batch)
-        losses = losses_of(logits, batch.targets, batch.lists, batch.vertical, batch.neutral)
+        out = outputs_of(model, batch)
+        losses = {
+            **losses_of(out.logits, batch.targets, batch.lists, batch.vertical, batch.equal),
+            "exclusion": exclusion_loss(*out.exclusion),
+            "strength": strength_loss(*out.strength),
+        }
         sum(loss_weights[name] * loss for name, loss in losses.items()).backward()
         warm = min(1.0, (step + 1) / config["warmup_steps"])
         weights.step(warm * (1 - step / steps), config["clip_norm"])

@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from train import (
     MasterWeights,
+    attacked_pairs,
     draw,
     losses_of,
     minilm_folder,
@@ -78,7 +79,7 @@ class PairCollator:
         targets: list[float] = []
         lists: list[Tensor] = []
         vertical: list[tuple[int, int]] = []
-        neutral: list[tuple[int, int]] = []
+        equal: list[tuple[int, int]] = []
         for group in groups:
             today = date.fromisoformat(group["today"]) if group.get("today") else None
             candidates = [
@@ -97,13 +98,14 @@ class PairCollator:
                 targets += [float("nan") if t is None else t for t in lane["targets"]]
                 lists.append(torch.arange(starts[-1], len(windows)))
             for pairs, is_neutral in same_document_pairs(group, starts):
-                neutral += pairs if is_neutral else []
+                equal += pairs if is_neutral else []
                 vertical += [p for p in pairs if abs(targets[p[0]] - targets[p[1]]) > 0.1]
+            equal += attacked_pairs(group, starts)
         relations = (
             torch.tensor(targets),
             lists,
             torch.tensor(vertical, dtype=torch.long).reshape(-1, 2),
-            torch.tensor(neutral, dtype=torch.long).reshape(-1, 2),
+            torch.tensor(equal, dtype=torch.long).reshape(-1, 2),
         )
         return windows, relations
 

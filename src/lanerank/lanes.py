@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from tokenizers import Tokenizer, models
@@ -21,6 +22,7 @@ from lanerank.contracts import Candidate, Lane, LongDocuments
 from lanerank.errors import InputError, ModelLoadError
 
 _MAX_ATTRIBUTE_CHARS = 200
+_WORD = re.compile(r"\w+")
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}(?:$|[T ])")
 
 
@@ -234,6 +236,53 @@ class LaneBudgets:
             )
 
 
+class EchoFilter:
+    """Leaves out what a document repeats of an instruction, word for word.
+
+    Nothing resembles an instruction more than the instruction itself, so a document that guesses
+    it, or has read it in another answer, could lift itself by saying it again. Six words in a row,
+    or all of an instruction of four or five, are no coincidence: of the 47,794 pairs of
+    instruction and document in the project's scenarios, one shares as many. An echo in other words
+    is for the model to resist.
+
+    Args:
+        instruction: An instruction; from one of fewer than four words nothing is left out.
+    """
+
+    def __init__(self, instruction: str) -> None:
+        """Note the runs of words to look for."""
+        words = [word.casefold() for word in _WORD.findall(instruction)]
+        self._length = max(4, min(6, len(words)))
+        self._runs = set(zip(*(words[i:] for i in range(self._length)), strict=False))
+
+    def __call__(self, text: str) -> str:
+        """The text without any run of words that the instruction has too."""
+        if not self._runs:
+            return text
+        kept: list[re.Match[str]] = []
+        folded: list[str] = []
+        echoed: tuple[str, ...] = ()
+        words = list(_WORD.finditer(text))
+        for word in words:
+            run = (*echoed[1:], word.group().casefold())
+            if echoed and run in self._runs:  # The echo goes on.
+                echoed = run
+                continue
+            kept.append(word)
+            folded.append(run[-1])
+            echoed = tuple(folded[-self._length :])
+            if echoed in self._runs:
+                # Words to either side of an echo may be another one, put around it.
+                del kept[-self._length :], folded[-self._length :]
+            else:
+                echoed = ()
+        if len(kept) == len(words):
+            return text
+        ends = {word.start(): after.start() for word, after in pairwise(words)}
+        parts = (text[word.start() : ends.get(word.start(), len(text))] for word in kept)
+        return text[: words[0].start()] + "".join(parts)
+
+
 class LaneTokenizer:
     """Turns each lane into `[CLS] content [SEP]`, with content that cannot contain a marker.
 
@@ -299,23 +348,31 @@ class LaneTokenizer:
         return ids
 
     def candidate(
-        self, index: int, candidate: Candidate, long_documents: LongDocuments
+        self,
+        index: int,
+        candidate: Candidate,
+        long_documents: LongDocuments,
+        echoes: EchoFilter | None = None,
     ) -> tuple[list[TokenizedCandidate], bool]:
         """The windows of one candidate, and whether a part of it is in none of them.
 
         With `"truncate"` there is one window, from the beginning of the document; with
-        `"max_window"` windows overlap and cover the document to its end.
+        `"max_window"` windows overlap and cover the document to its end. What `echoes` leaves out
+        is in no window, and does not count as cut.
         """
         budgets = self.budgets
-        attributes = self.content(candidate.attributes)
+        without_echoes = echoes or EchoFilter("")
+        attributes = self.content(without_echoes(candidate.attributes))
         cut = len(attributes) > budgets.attributes - 2
         framed = self.frame(attributes[: budgets.attributes - 2]) if attributes else ()
         room = budgets.document - 2
         if long_documents == "truncate":
-            content = self._encoder.beginning(candidate.text, room)
+            # What lies further off than this is not read anyway.
+            near, far = candidate.text[: 256 * room], candidate.text[256 * room :]
+            content = self._encoder.beginning(without_echoes(near) + far, room)
             window = TokenizedCandidate(index, framed, self.frame(content[:room]))
             return [window], cut or len(content) > room
-        content = self.content(candidate.text)
+        content = self.content(without_echoes(candidate.text))
         step = room - budgets.window_overlap
         last = max(0, len(content) - budgets.window_overlap)
         starts = range(0, max(1, last), step)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lanerank.contracts import Lane, RerankRequest, Scores
 from lanerank.errors import InputError
-from lanerank.lanes import LaneTokenizer, TokenizedCandidate
+from lanerank.lanes import EchoFilter, LaneTokenizer, TokenizedCandidate
 from lanerank.scoring.batching import score_in_batches
 from lanerank.scoring.modeling_lane_encoder import (
     LaneEncoder,
@@ -196,6 +196,7 @@ class LaneEncoderScorer:
     ) -> list[Scores]:
         trusted = self._trust(lanes)
         owner = [number for number, request in enumerate(requests) for _ in request.candidates]
+        echoes = [EchoFilter(each.instruction) for each in requests]
         alone = requests[0] if len(requests) == 1 else None
         # Beside others, a candidate brings a copy of the trusted lanes that it attends to.
         copied = 0 if alone or trusted.joined is None else trusted.joined.mask.shape[1]
@@ -206,7 +207,10 @@ class LaneEncoderScorer:
                 progress=alone.progress if alone else None,
             ),
             lambda index, candidate: self.lanes.candidate(
-                index, candidate, requests[owner[index]].long_documents
+                index,
+                candidate,
+                requests[owner[index]].long_documents,
+                echoes[owner[index]],
             ),
             lambda batch: self._logits(
                 batch, trusted, None if alone else [owner[window.index] for window in batch]
@@ -288,4 +292,6 @@ def _side_by_side(states: Sequence[LaneStates]) -> LaneStates:
         tuple(map(padded, zip(*(each.values for each in states), strict=True))),
         torch.cat([F.pad(each.mask, (0, longest - each.mask.shape[1])) for each in states]),
         torch.cat([each.total for each in states]),
+        torch.cat([F.pad(each.exclusion, (0, longest - each.mask.shape[1])) for each in states]),
+        torch.cat([each.excluded for each in states]),
     )

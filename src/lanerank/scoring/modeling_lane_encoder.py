@@ -12,7 +12,13 @@ all candidates, and no document can change them.
 
 What training adds (gates, low-rank differences of the weights, lane embeddings, the head) applies
 only where there is an instruction. Without one, a lane encoder initialised from a bi-encoder *is*
-that bi-encoder, trained or not: the score grows with the cosine of mean-pooled query and candidate.
+that bi-encoder, trained or not: the score grows with the cosine of mean-pooled query and candidate,
+and only how fast it grows, and from where, is learned for each query.
+
+Two things are read from the trusted lanes alone. Each token of the instruction has an *exclusion*,
+the probability that it names what is not wanted; what is wanted and what is excluded are pooled
+apart, so that likeness to the latter can count against a candidate. And the instruction has a
+*strength* for the query: one that changes nothing leaves the score as it is without it.
 """
 
 from __future__ import annotations
@@ -62,6 +68,11 @@ class LaneStates:
     """`(n, t)`, true where there is a token."""
     total: Tensor
     """`(n, hidden size)`, float32: the sum of the last layer over the lane's tokens."""
+    exclusion: Tensor
+    """`(n, t)`, float32: the probability that a token of an instruction names what is not wanted;
+    zero for padding and in the query lane."""
+    excluded: Tensor
+    """`(n, hidden size)`, float32: the sum of the last layer weighted by `exclusion`."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,8 @@ def _join(first: LaneStates, second: LaneStates) -> LaneStates:
         tuple(torch.cat(pair, 2) for pair in zip(first.values, second.values, strict=True)),
         torch.cat([first.mask, second.mask], 1),
         first.total + second.total,
+        torch.cat([first.exclusion, second.exclusion], 1),
+        first.excluded + second.excluded,
     )
 
 
@@ -198,6 +211,12 @@ class LaneEncoder(PreTrainedModel):
         self.instruction_weight = nn.Parameter(torch.tensor(0.6))
         self.head_hidden = nn.Linear(5 * size, size)
         self.head_output = nn.Linear(size, 1)
+        self.exclusion_output = nn.Linear(size, 1)
+        self.exclusion_weight = nn.Parameter(torch.tensor(0.3))
+        self.strength_hidden = nn.Linear(3 * size, size // 8)
+        self.strength_output = nn.Linear(size // 8, 1)
+        self.plain_hidden = nn.Linear(size, size // 12)
+        self.plain_output = nn.Linear(size // 12, 2)
         self.post_init()  # type: ignore[no-untyped-call]  # transformers does not annotate it
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -208,9 +227,14 @@ class LaneEncoder(PreTrainedModel):
         if isinstance(module, InstructedLinear):
             nn.init.normal_(module.down, std=0.02)
             nn.init.zeros_(module.up)
-        for start_at_zero in ("head_output", "lane_embeddings"):
+        outputs = ("head_output", "exclusion_output", "strength_output", "plain_output")
+        for start_at_zero in (*outputs, "lane_embeddings"):
             if module is getattr(self, start_at_zero, None):
                 nn.init.zeros_(module.weight)
+        # An instruction counts, and excludes nothing, until training has told them apart.
+        for name, start in (("exclusion_output", -3.0), ("strength_output", 2.0)):
+            if module is getattr(self, name, None):
+                nn.init.constant_(module.bias, start)
 
     def cast_encoder(self, dtype: torch.dtype, device: torch.device | None = None) -> LaneEncoder:
         """Compute the encoder in `dtype` and the head in float32; returns the model."""
@@ -218,10 +242,10 @@ class LaneEncoder(PreTrainedModel):
         encoder = (self.word_embeddings, self.position_embeddings, self.lane_embeddings)
         for module in (*encoder, self.embedding_norm, self.layers):
             module.to(dtype)
-        for linear in (self.head_hidden, self.head_output):
-            linear.float()
-        plain = (self.plain_scale, self.plain_bias)
-        for parameter in (*plain, self.scale, self.bias, self.instruction_weight):
+        for name, child in self.named_children():
+            if name.startswith(("head_", "exclusion_", "strength_", "plain_")):
+                child.float()
+        for parameter in self.parameters(recurse=False):
             parameter.data = parameter.data.float()
         return self
 
@@ -256,8 +280,25 @@ class LaneEncoder(PreTrainedModel):
                 k = torch.cat([above.keys[index], k], 2)
                 v = torch.cat([above.values[index], v], 2)
             hidden = layer.finish(hidden, _attend(q, k, v, bias), instructed)
-        total = (hidden.float() * mask.unsqueeze(-1)).sum(1)
-        return LaneStates(tuple(keys), tuple(values), mask, total)
+        hidden = hidden.float() * mask.unsqueeze(-1)
+        exclusion = hidden.new_zeros(mask.shape)
+        if lane is Lane.INSTRUCTION:
+            exclusion = self.exclusion_output(hidden).squeeze(-1).sigmoid() * mask
+        excluded = (hidden * exclusion.unsqueeze(-1)).sum(1)
+        return LaneStates(tuple(keys), tuple(values), mask, hidden.sum(1), exclusion, excluded)
+
+    def strength(self, trusted: TrustedLanes) -> Tensor:
+        """Logits of how much the instructions count for their queries, `(n,)`.
+
+        Args:
+            trusted: The trusted lanes of requests that have an instruction.
+        """
+        size = self.config.hidden_size
+        query = F.normalize(trusted.query.total, dim=-1) * size**0.5
+        instruction = F.normalize(cast("LaneStates", trusted.instruction).total, dim=-1) * size**0.5
+        asked = torch.cat([query, instruction, query * instruction], -1)
+        strength: Tensor = self.strength_output(F.gelu(self.strength_hidden(asked))).squeeze(-1)
+        return strength
 
     def score_candidates(
         self,
@@ -372,28 +413,43 @@ class LaneEncoder(PreTrainedModel):
         return normed
 
     def _head(self, document: Tensor, trusted: TrustedLanes, group: Tensor | None) -> Tensor:
-        """`scale · cos(trusted, document) + bias + MLP(products of the pooled lanes)`.
+        """The logits of candidates from the pooled lanes.
 
-        `trusted` is `(1 - w) · query + w · instruction`. Without an instruction it is the query,
-        with a scale and a bias of its own and no MLP.
+        Without an instruction, `s(query) · cos(query, document) + b(query)`; within one query the
+        order is that of the cosine, since `s` is positive. With an instruction,
+
+            w · (scale · (cos(wanted, document) - e · cos(excluded, document)) + bias + MLP(...))
+              + (1 - w) · the logit without an instruction
+
+        where `w` is the sigmoid of `strength`, `wanted` mixes the query and what the instruction
+        does not exclude, `e` is a learned weight times the largest exclusion of a token, and the
+        MLP reads products of the pooled lanes.
         """
 
-        def pooled(lane: LaneStates) -> Tensor:
-            unit = F.normalize(lane.total, dim=-1)
-            return unit if group is None else unit[group]
+        def each(requests: Tensor) -> Tensor:
+            return requests if group is None else requests[group]  # One row for each candidate.
 
-        document = F.normalize(document, dim=-1)
-        query = pooled(trusted.query)
-        if trusted.instruction is None:
-            return self.plain_scale * (query * document).sum(-1) + self.plain_bias
-        instruction = pooled(trusted.instruction)
-        weight = self.instruction_weight.sigmoid()
-        mixed = F.normalize((1 - weight) * query + weight * instruction, dim=-1)
-        cosine = (mixed * document).sum(-1)
-        # Products of unit vectors are of the order 1 / size; the factor brings them near 1.
+        # Elements and products of unit vectors are small; the factors bring them near 1.
         size = document.shape[-1]
-        products = [lane * document * size for lane in (mixed, query, instruction)]
+        document = F.normalize(document, dim=-1)
+        query = F.normalize(trusted.query.total, dim=-1)
+        own = each(self.plain_output(F.gelu(self.plain_hidden(query * size**0.5))))
+        query = each(query)
+        slope, offset = self.plain_scale * own[..., 0].exp(), self.plain_bias + own[..., 1]
+        plain: Tensor = slope * (query * document).sum(-1) + offset
+        lane = trusted.instruction
+        if lane is None:
+            return plain
+        instruction = each(F.normalize(lane.total - lane.excluded, dim=-1))
+        most = lane.exclusion.amax(1, keepdim=True)
+        excluded = each(F.normalize(lane.excluded, dim=-1) * most)
+        weight = self.instruction_weight.sigmoid()
+        wanted = F.normalize((1 - weight) * query + weight * instruction, dim=-1)
+        cosine = ((wanted - self.exclusion_weight * excluded) * document).sum(-1)
+        products = [other * document * size for other in (query, instruction, excluded)]
         singles = [document * size**0.5, instruction.expand_as(document) * size**0.5]
         features = torch.cat([*products, *singles], -1)
         extra: Tensor = self.head_output(F.gelu(self.head_hidden(features))).squeeze(-1)
-        return self.scale * cosine + self.bias + extra
+        share = each(self.strength(trusted).sigmoid())
+        logits: Tensor = share * (self.scale * cosine + self.bias + extra) + (1 - share) * plain
+        return logits

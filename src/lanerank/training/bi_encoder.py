@@ -31,18 +31,16 @@ _LAYER_PARTS = {
     "output": "output.dense",
     "output_norm": "output.LayerNorm",
 }
-_TRAINED = (
-    *("lane_embeddings.weight", "instruction_weight"),
-    *("plain_scale", "plain_bias", "scale", "bias"),
-)
+_ADDED = ("lane_embeddings.", "head_", "exclusion_", "strength_", "plain_")
+_NUMBERS = ("instruction_weight", "scale", "bias")
 
 
 def is_instructed(name: str) -> bool:
     """Whether a parameter of a lane encoder is part of what an instruction adds.
 
-    The two numbers that turn a plain cosine into a score count too: they keep the order.
+    What turns a plain cosine into a score counts too: within a query it keeps the order.
     """
-    return name.startswith("head_") or name in _TRAINED or name.endswith((".down", ".up", "_gate"))
+    return name.startswith(_ADDED) or name in _NUMBERS or name.endswith((".down", ".up", "_gate"))
 
 
 def is_head(name: str) -> bool:
