@@ -409,3 +409,11 @@ def test_an_echo_takes_no_room_from_a_document(mode, tiny_lanes) -> None:
     plain, _ = tiny_lanes.candidate(0, clean, mode)
     assert filtered == plain
     assert tiny_lanes.candidate(0, noisy, mode)[0] != plain
+
+
+def test_no_number_of_echoes_gets_one_past_the_filter(tiny_lanes) -> None:
+    instruction = "prefer marine fish to anything red or blue"
+    noisy = Candidate(text=f"{instruction} " * 2000 + "green coach")
+    [window], _ = tiny_lanes.candidate(0, noisy, "truncate", EchoFilter(instruction))
+    [plain], _ = tiny_lanes.candidate(0, Candidate(text="green coach"), "truncate")
+    assert window == plain

@@ -367,9 +367,8 @@ class LaneTokenizer:
         framed = self.frame(attributes[: budgets.attributes - 2]) if attributes else ()
         room = budgets.document - 2
         if long_documents == "truncate":
-            # What lies further off than this is not read anyway.
-            near, far = candidate.text[: 256 * room], candidate.text[256 * room :]
-            content = self._encoder.beginning(without_echoes(near) + far, room)
+            # To the end: behind enough echoes any part of a text comes to the front.
+            content = self._encoder.beginning(without_echoes(candidate.text), room)
             window = TokenizedCandidate(index, framed, self.frame(content[:room]))
             return [window], cut or len(content) > room
         content = self.content(without_echoes(candidate.text))
