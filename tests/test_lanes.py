@@ -387,6 +387,30 @@ def test_a_short_instruction_is_an_echo_as_a_whole_or_not_at_all(instruction, ec
     assert (EchoFilter(instruction)(text) != text) is echo
 
 
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        lambda word: "\u200b".join(word),  # Zero-width spaces.
+        lambda word: "\u00ad".join(word),  # Soft hyphens.
+        lambda word: "\0".join(word),
+        lambda word: word.replace("e", "\u00e9"),
+        lambda word: word.replace("o", "o\u0308"),
+        lambda word: "".join(
+            chr(ord(c) + 0xFEE0) if c.isalpha() else c for c in word
+        ),  # Full width.
+    ],
+)
+def test_an_echo_in_disguise_reads_the_same_and_is_left_out(disguise) -> None:
+    text = " ".join(["Intro."] + [disguise(word) for word in RULE.split()] + ["The end."])
+    assert EchoFilter(RULE)(text).split() == ["Intro.", "The", "end."]
+    assert EchoFilter(text)(RULE) != RULE
+
+
+def test_a_text_without_an_echo_is_left_as_it_is() -> None:
+    text = "Caf\u00e9, a\u200bb \ufb01sh \uac00 prefer peer-reviewed sources over caf\u00e9s"
+    assert EchoFilter(RULE)(text) == text
+
+
 ECHOES = st.lists(st.sampled_from(["red", "blue", "Red,", "[SEP]", "-"]), max_size=40)
 
 

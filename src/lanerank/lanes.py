@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -236,14 +237,31 @@ class LaneBudgets:
             )
 
 
+class _Marks(dict[int, int | None]):
+    """For `str.translate`: drops accents and characters that cannot be seen."""
+
+    def __missing__(self, code: int) -> int | None:
+        character = chr(code)
+        dropped = unicodedata.category(character) in ("Mn", "Cf", "Cc")
+        found = None if dropped and not character.isspace() else code
+        if code < _KEPT:
+            self[code] = found
+        return found
+
+
+_KEPT = 0x3000  # Hostile text must not fill memory; what lies above is rare, or not of words.
+_MARKS = _Marks()
+
+
 class EchoFilter:
     """Leaves out what a document repeats of an instruction, word for word.
 
     Nothing resembles an instruction more than the instruction itself, so a document that guesses
     it, or has read it in another answer, could lift itself by saying it again. Six words in a row,
     or all of an instruction of four or five, are no coincidence: of the 47,794 pairs of
-    instruction and document in the project's scenarios, one shares as many. An echo in other words
-    is for the model to resist.
+    instruction and document in the project's scenarios, one shares as many. Words are the same that
+    differ in case, accents or invisible characters, since a tokenizer may not tell them apart. An
+    echo in other words is for the model to resist.
 
     Args:
         instruction: An instruction; from one of fewer than four words nothing is left out.
@@ -251,14 +269,18 @@ class EchoFilter:
 
     def __init__(self, instruction: str) -> None:
         """Note the runs of words to look for."""
-        words = [word.casefold() for word in _WORD.findall(instruction)]
+        words = [word.casefold() for word in _WORD.findall(self._bare(instruction))]
         self._length = max(4, min(6, len(words)))
         self._runs = set(zip(*(words[i:] for i in range(self._length)), strict=False))
 
     def __call__(self, text: str) -> str:
-        """The text without any run of words that the instruction has too."""
+        """The text without any run of words that the instruction has too.
+
+        Where there is one, accents and invisible characters are left out as well.
+        """
         if not self._runs:
             return text
+        given, text = text, self._bare(text)
         kept: list[re.Match[str]] = []
         folded: list[str] = []
         echoed: tuple[str, ...] = ()
@@ -277,10 +299,14 @@ class EchoFilter:
             else:
                 echoed = ()
         if len(kept) == len(words):
-            return text
+            return given
         ends = {word.start(): after.start() for word, after in pairwise(words)}
         parts = (text[word.start() : ends.get(word.start(), len(text))] for word in kept)
         return text[: words[0].start()] + "".join(parts)
+
+    @staticmethod
+    def _bare(text: str) -> str:
+        return unicodedata.normalize("NFKD", text).translate(_MARKS)
 
 
 class LaneTokenizer:
