@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from lanerank.contracts import Candidate, Lane, RerankRequest
 from lanerank.errors import InputError
-from lanerank.lanes import EchoFilter
 from lanerank.scoring.lane_encoder import LaneEncoderScorer, default_dtype
 from lanerank.scoring.modeling_lane_encoder import InstructedLinear, LaneEncoder
 
@@ -459,7 +458,7 @@ def test_a_training_batch_gives_the_scores_of_inference(requests, tiny_scorer) -
             request(candidates, instruction=instruction, query=query)
         ).values
         for candidate in candidates:
-            [window], _ = lanes.candidate(0, candidate, "truncate", EchoFilter(instruction))
+            [window], _ = lanes.candidate(0, candidate, "truncate", lanes.echoes(instruction))
             group.append(number)
             rows.append(window.attributes + window.document)
             row_lanes.append([int(Lane.ATTRIBUTES)] * len(window.attributes))
@@ -534,10 +533,9 @@ def test_a_new_model_adds_nothing_under_an_instruction(make_encoder) -> None:
     linears = [module for module in model.modules() if isinstance(module, InstructedLinear)]
     assert len(linears) == 4 * len(model.layers)
     assert not any(linear.up.any() for linear in linears)
-    for silent in (model.lane_embeddings, model.head_output, model.plain_output):
+    for silent in (model.lane_embeddings, model.head_output):
         assert not silent.weight.any()
     assert not model.head_output.bias.any()
-    assert not model.plain_output.bias.any()
 
 
 def test_until_it_is_trained_an_instruction_does_not_change_how_a_document_is_read(
@@ -591,21 +589,16 @@ def test_without_an_instruction_a_document_is_read_the_same_for_every_query(tiny
     assert torch.equal(*read)
 
 
-@given(texts=st.lists(TEXTS, min_size=2, max_size=5), query=SHORT)
-def test_without_an_instruction_the_order_is_that_of_the_cosine(texts, query, make_scorer) -> None:
-    """What is learned of a query moves the scores of all its candidates alike."""
-    asked, orders = request(texts, query=query, instruction=""), []
-    for learned in (True, False):
-        scorer = make_scorer()
-        if not learned:
-            for part in scorer.model.plain_output.parameters():
-                part.data.zero_()
-        orders.append(scorer.score(asked).values)
-    moved, cosines = orders
-    for i in range(len(texts)):
-        for j in range(i):
-            if abs(cosines[i] - cosines[j]) > CLOSE:
-                assert (moved[i] > moved[j]) == (cosines[i] > cosines[j])
+@given(text=TEXTS, query=SHORT)
+def test_without_an_instruction_the_score_is_a_line_of_the_cosine(text, query, tiny_scorer) -> None:
+    [window], _ = tiny_scorer.lanes.candidate(0, Candidate(text=text), "truncate")
+    trusted = tiny_scorer.trusted_lanes("", query)
+    document = hidden_states(tiny_scorer, window, trusted)[-1].mean(-2).flatten()
+    cosine = torch.cosine_similarity(document, trusted.query.total.flatten(), dim=0)
+    model = tiny_scorer.model
+    expected = torch.sigmoid(model.plain_scale * cosine + model.plain_bias).item()
+    [score] = tiny_scorer.score(request([text], query=query, instruction="")).values
+    assert score == pytest.approx(expected, abs=CLOSE)
 
 
 def instructed_logits(model: LaneEncoder, instruction: list[int]) -> torch.Tensor:
@@ -813,7 +806,7 @@ def test_the_head_keeps_its_precision_when_the_encoder_is_cast(make_encoder) -> 
     model, cast = make_encoder(), make_encoder().cast_encoder(torch.bfloat16)
     assert cast.layers[0].qkv.weight.dtype is torch.bfloat16
     numbers = ("scale", "bias", "plain_scale", "plain_bias", "instruction_weight")
-    heads = ("head_hidden", "exclusion_output", "strength_hidden", "plain_output")
+    heads = ("head_hidden", "exclusion_output", "strength_hidden")
     for name in (*numbers, "exclusion_weight", *(f"{head}.weight" for head in heads)):
         assert torch.equal(cast.get_parameter(name), model.get_parameter(name)), name
 

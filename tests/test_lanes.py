@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime as dt
+from importlib.resources import files
 from itertools import pairwise
 from random import Random
 
@@ -15,7 +16,6 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from lanerank.contracts import Candidate, Lane
 from lanerank.errors import InputError, ModelLoadError
 from lanerank.lanes import (
-    EchoFilter,
     LaneBudgets,
     LaneTokenizer,
     TokenizedCandidate,
@@ -350,6 +350,13 @@ def test_text_far_behind_characters_without_tokens_is_found(padding, tiny_lanes)
 RULE = "Prefer peer-reviewed sources over blogs, please."
 
 
+@pytest.fixture(scope="module")
+def lanes() -> LaneTokenizer:
+    """Those of the shipped model."""
+    folder = files("lanerank") / "models" / "lanerank-mini"
+    return LaneTokenizer(Tokenizer.from_str((folder / "tokenizer.json").read_text("utf-8")))
+
+
 @pytest.mark.parametrize(
     ("text", "kept"),
     [
@@ -360,31 +367,17 @@ RULE = "Prefer peer-reviewed sources over blogs, please."
         ("peer reviewed sources over blogs please peer reviewed", "peer reviewed"),
         ("Prefer peer-reviewed {} sources over blogs, please. Ha", "Ha"),  # One inside another.
         ("prefer peer-reviewed sources over {}, ah", "prefer peer-reviewed sources over ah"),
-        # Five words of six, or six in another order, are no echo.
+        # Five words of six, or six in another order, or with another ending, are no echo.
         ("prefer peer reviewed sources over articles", None),
         ("blogs over sources reviewed peer prefer please", None),
+        ("prefer peer reviewed sources over bloggings pleased", None),
         ("", None),
     ],
 )
-def test_what_repeats_the_instruction_is_left_out(text, kept) -> None:
+def test_what_repeats_the_instruction_is_left_out(text, kept, lanes) -> None:
     text = text.replace("{}", RULE)
     expected = text if kept is None else kept
-    assert " ".join(EchoFilter(RULE)(text).split()) == " ".join(expected.split())
-
-
-@pytest.mark.parametrize(
-    ("instruction", "echo"),
-    [
-        ("only recent court rulings", True),  # All of an instruction of four words.
-        ("court rulings only", False),
-        ("pharmacokinetics", False),
-        ("", False),
-        ("!!!", False),
-    ],
-)
-def test_a_short_instruction_is_an_echo_as_a_whole_or_not_at_all(instruction, echo) -> None:
-    text = f"We list {instruction} and more."
-    assert (EchoFilter(instruction)(text) != text) is echo
+    assert lanes.echoes(RULE)(lanes.content(text)) == lanes.content(expected)
 
 
 @pytest.mark.parametrize(
@@ -393,35 +386,61 @@ def test_a_short_instruction_is_an_echo_as_a_whole_or_not_at_all(instruction, ec
         lambda word: "\u200b".join(word),  # Zero-width spaces.
         lambda word: "\u00ad".join(word),  # Soft hyphens.
         lambda word: "\0".join(word),
+        lambda word: "\x0b".join(word),
+        lambda word: "\ufffd".join(word),
+        lambda word: "\ue000".join(word),  # For private use.
+        lambda word: chr(0xD800).join(word),  # Half of a character.
+        lambda word: "\u1734".join(word),
         lambda word: word.replace("e", "\u00e9"),
         lambda word: word.replace("o", "o\u0308"),
-        lambda word: "".join(
-            chr(ord(c) + 0xFEE0) if c.isalpha() else c for c in word
-        ),  # Full width.
+        lambda word: f"{word} \ua500",  # What the model has no token for.
+        lambda word: f"{word}\u3400",
+        lambda word: f"{word} {'a' * 101}",
     ],
 )
-def test_an_echo_in_disguise_reads_the_same_and_is_left_out(disguise) -> None:
-    text = " ".join(["Intro."] + [disguise(word) for word in RULE.split()] + ["The end."])
-    assert EchoFilter(RULE)(text).split() == ["Intro.", "The", "end."]
-    assert EchoFilter(text)(RULE) != RULE
+def test_an_echo_in_disguise_is_left_out_where_the_model_reads_it(disguise, lanes) -> None:
+    text = " ".join(disguise(word) for word in RULE.split())
+    read = lanes.content(text)
+    assert [token for token in read if token in set(lanes.content("prefer please"))]
+    assert lanes.echoes(RULE)([*read, *lanes.content("The end.")]) == lanes.content("The end.")
+    assert lanes.echoes(text)(lanes.content(RULE)) == []
 
 
-def test_a_text_without_an_echo_is_left_as_it_is() -> None:
-    text = "Caf\u00e9, a\u200bb \ufb01sh \uac00 prefer peer-reviewed sources over caf\u00e9s"
-    assert EchoFilter(RULE)(text) == text
+@pytest.mark.parametrize("blank", ["_", "-", "/", " [SEP] ", " ## "])
+def test_what_stands_between_the_words_of_an_echo_does_not_count(blank, lanes) -> None:
+    text = blank.join("prefer peer reviewed sources over blogs please".split())
+    echoed = lanes.echoes(RULE)(lanes.content(text))
+    # "[SEP]" is a word like another, and breaks the run.
+    assert (echoed == []) is (blank != " [SEP] ")
+
+
+@pytest.mark.parametrize(
+    ("instruction", "echo"),
+    [
+        ("only recent court rulings", True),  # All of an instruction of four words.
+        ("court rulings only", False),
+        ("pharmacokinetics are not read as many words", True),
+        ("pharmacokinetics", False),
+        ("", False),
+        ("!!!", False),
+    ],
+)
+def test_a_short_instruction_is_an_echo_as_a_whole_or_not_at_all(instruction, echo, lanes) -> None:
+    text = lanes.content(f"We list {instruction} and more.")
+    assert (lanes.echoes(instruction)(text) != text) is echo
 
 
 ECHOES = st.lists(st.sampled_from(["red", "blue", "Red,", "[SEP]", "-"]), max_size=40)
 
 
 @given(text=ECHOES.map(" ".join), instruction=ECHOES.map(" ".join))
-def test_no_echo_is_left_and_the_rest_keeps_its_order(text, instruction) -> None:
-    echoes = EchoFilter(instruction)
-    left = echoes(text)
+def test_no_echo_is_left_and_the_rest_keeps_its_order(text, instruction, tiny_lanes) -> None:
+    echoes, content = tiny_lanes.echoes(instruction), tiny_lanes.content(text)
+    left = echoes(content)
     assert echoes(left) == left
-    rest = iter(text)
-    assert all(character in rest for character in left)
-    assert EchoFilter("")(text) == text
+    rest = iter(content)
+    assert all(token in rest for token in left)
+    assert tiny_lanes.echoes("")(content) == content
 
 
 @pytest.mark.parametrize("mode", ["truncate", "max_window"])
@@ -429,7 +448,7 @@ def test_an_echo_takes_no_room_from_a_document(mode, tiny_lanes) -> None:
     instruction = "prefer marine fish to anything red or blue"
     noisy = Candidate(text=f"{instruction} " * 50 + "green coach", attributes=f"{instruction} red")
     clean = Candidate(text="green coach", attributes="red")
-    filtered, _ = tiny_lanes.candidate(0, noisy, mode, EchoFilter(instruction))
+    filtered, _ = tiny_lanes.candidate(0, noisy, mode, tiny_lanes.echoes(instruction))
     plain, _ = tiny_lanes.candidate(0, clean, mode)
     assert filtered == plain
     assert tiny_lanes.candidate(0, noisy, mode)[0] != plain
@@ -438,6 +457,6 @@ def test_an_echo_takes_no_room_from_a_document(mode, tiny_lanes) -> None:
 def test_no_number_of_echoes_gets_one_past_the_filter(tiny_lanes) -> None:
     instruction = "prefer marine fish to anything red or blue"
     noisy = Candidate(text=f"{instruction} " * 2000 + "green coach")
-    [window], _ = tiny_lanes.candidate(0, noisy, "truncate", EchoFilter(instruction))
+    [window], _ = tiny_lanes.candidate(0, noisy, "truncate", tiny_lanes.echoes(instruction))
     [plain], _ = tiny_lanes.candidate(0, Candidate(text="green coach"), "truncate")
     assert window == plain

@@ -1124,6 +1124,58 @@ def neutral_groups(
         yield {**group, "id": f"neutral-{group['id']}", "source": "neutral", "lanes": lanes}
 
 
+def with_documents(group: Record, source: str, documents: list[Record], own: list[int]) -> Record:
+    """The group with some of its own documents, and with others that answer none of its lanes."""
+    kept = [group["documents"][i] for i in own]
+    ids = {"documents": [{**d, "id": f"d{n}"} for n, d in enumerate([*kept, *documents], 1)]}
+    lanes = [
+        {**lane, "targets": [lane["targets"][i] for i in own] + [GRADE_TARGETS[0]] * len(documents)}
+        for lane in group["lanes"]
+    ]
+    return {**group, "id": f"{source}-{group['id']}", "source": source, **ids, "lanes": lanes}
+
+
+def plain_groups(ctx: Context, groups: list[Record], count: int) -> Iterator[Record]:
+    """Groups without an instruction, with documents of other groups among their own."""
+    rng = ctx.rng("easy")
+    for group in rng.sample(groups, count):
+        lanes = [lane for lane in group["lanes"] if lane["kind"] == "none"]
+        others = rng.sample([other for other in groups if other is not group], 3)
+        strange = [rng.choice(other["documents"]) for other in others]
+        known = {document["text"] for document in group["documents"]}
+        strange = [document for document in strange if document["text"] not in known]
+        own = list(range(len(group["documents"])))
+        yield with_documents({**group, "lanes": lanes}, "plain", strange, own)
+
+
+def stranger_groups(
+    ctx: Context, groups: list[Record], domains: dict[str, str], count: int
+) -> Iterator[Record]:
+    """Scenarios with documents of others that suit an instruction but not the query."""
+    rng = ctx.rng("strangers")
+    pool = [(group, document) for group in groups for document in group["documents"]]
+    vectors = ctx.encode([document["text"] for _, document in pool])
+    for group in rng.sample(groups, count):
+        said = [lane["instruction"] for lane in group["lanes"] if lane["instruction"]]
+        query, *asked = ctx.encode([group["query"], *said])
+        off_topic = vectors @ query < 0.25
+        strange: dict[str, Record] = {}
+        for instruction in rng.sample(asked, min(2, len(asked))):
+            likeness = vectors @ instruction
+            for i in np.argsort(-np.where(off_topic, likeness, -1), kind="stable")[:12].tolist():
+                other, document = pool[i]
+                new = document["text"] not in strange
+                if new and domains[other["id"]] != domains[group["id"]]:
+                    strange[document["text"]] = document
+                    break
+        own = [
+            i
+            for i in range(len(group["documents"]))
+            if max(lane["targets"][i] for lane in group["lanes"]) > 0.5
+        ]
+        yield with_documents(group, "strangers", list(strange.values()), own)
+
+
 def dev_lines(ctx: Context, task: Task, hard: int) -> Iterator[Record]:
     """Lines of a generic development set: the right document among twenty."""
     rng = ctx.rng(f"dev-{task.name}")
@@ -1324,13 +1376,18 @@ def build(out: Path, seed: int) -> None:
     ctx.dev_ids = set((DATA / "dev_ids.txt").read_text("utf-8").split())
     files = sorted(path.name for path in (DATA / "scenarios").glob("*.jsonl.gz"))
     series = {name: read_jsonl(f"scenarios/{name}") for name in files}
-    # The fourth series is trained on as it is; nothing is derived from it.
-    late = [record for name in files if name.startswith("fourth_") for record in series.pop(name)]
+    # Written while training ran: trained on as they are, and but for the last with strangers.
+    late, fifth, sixth = (
+        [record for name in files if name.startswith(series_name) for record in series.pop(name)]
+        for series_name in ("fourth_", "fifth_", "sixth_")
+    )
     scenarios = [record for records in series.values() for record in records]
     held = [scenario for scenario in scenarios if scenario["id"] in ctx.dev_ids]
     ctx.taken = {word for scenario in held for word in content_words(scenario["query"])}
     groups = [scenario_group(s) for s in scenarios if s["id"] not in ctx.dev_ids]
-    domains = {scenario["id"]: scenario["domain"] for scenario in scenarios}
+    later = [{**scenario_group(s), "source": "late"} for s in late]
+    later += [{**scenario_group(s), "source": "fifth"} for s in fifth]
+    domains = {s["id"]: s["domain"] for s in (*scenarios, *late, *fifth)}
     train, unseen = split_sources(ctx)
     tasks = [
         xquad_task(ctx, train.paragraphs, "xquad", 850),
@@ -1344,8 +1401,12 @@ def build(out: Path, seed: int) -> None:
     plain = [*groups, *draw(ctx.rng("plain"), generic, 500)]
     everything = [
         *groups,
-        *({**scenario_group(scenario), "source": "late"} for scenario in late),
+        *later,
+        *({**scenario_group(s), "source": "sixth"} for s in sixth),
         *instructed,
+        *stranger_groups(ctx, [*groups, *later], domains, 1200),
+        *plain_groups(ctx, [*groups, *later], 600),
+        *plain_groups(ctx, generic, 200),
         *padded_groups(ctx, groups, 900),
         *neutral_groups(ctx, plain, 1800, groups, domains),
     ]

@@ -2,7 +2,8 @@
 
 Starts from the published all-MiniLM-L6-v2 weights, which stay as they are, and resumes where an
 interrupted run stopped. Computes in bfloat16 where the CPU has it, with float32 master weights and
-optimiser state.
+optimiser state. Processes share the groups of every step, one for each core: on a CPU, matrices
+this small gain little from more threads.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import random
+import signal
+import sys
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
+import torch.multiprocessing
 from excluded import excluded_spans
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -42,9 +48,13 @@ from lanerank.training.bi_encoder import is_instructed, read_bi_encoder
 
 HERE = Path(__file__).parent
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-POOLS = ("scenarios", "late", "padded", "injection", "neutral")
+POOLS = (
+    *("scenarios", "late", "fifth", "sixth"),
+    *("strangers", "padded", "injection", "neutral", "plain"),
+)
 # Sources whose answers yes and no, or whose wordings, the labels of exclusion do not understand.
 WITHOUT_EXCLUSIONS = frozenset({"condaqa", "pubmedqa", "qulac"})
+LOSSES = ("pointwise", "listwise", "vertical", "equality", "exclusion", "strength")
 log = logging.getLogger("train")
 
 
@@ -61,10 +71,40 @@ def minilm_folder() -> Path:
 
 
 def freeze_bi_encoder(model: LaneEncoder) -> dict[str, Tensor]:
-    """Freeze the bi-encoder's parameters; returns the others."""
+    """Freeze the bi-encoder's parameters and the plain score's; returns the others."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_instructed(name))
+        parameter.requires_grad_(is_instructed(name) and not name.startswith("plain_"))
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def cosines_of(model: LaneEncoder, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The cosines of queries and documents without an instruction, and the targets."""
+    parts = []
+    (requests,) = batch.requests
+    ids = requests.query_ids
+    trusted = trust(model.encode_trusted(Lane.QUERY, ids, ids != 0), None)
+    for positions, ids, lanes, group in requests.passes:
+        logits = model.score_candidates(ids, lanes, ids != 0, trusted, group)
+        cosines = (logits - model.plain_bias) / model.plain_scale
+        parts.append((cosines, batch.targets[positions]))
+    cosines, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+    return cosines, targets
+
+
+def fit_line(cosines: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """What turns a cosine into the logit of a score (Platt, 1999), for graded targets."""
+    scale, bias = torch.tensor(8.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
+    optimizer = torch.optim.LBFGS([scale, bias], max_iter=100)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = pointwise_loss(scale * cosines + bias, targets)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return {"plain_scale": scale.detach(), "plain_bias": bias.detach()}
 
 
 def read_groups(data: Path) -> dict[str, list[dict[str, Any]]]:
@@ -292,18 +332,24 @@ def outputs_of(model: LaneEncoder, batch: Batch) -> Outputs:
 def pointwise_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Binary cross-entropy against graded targets in [0, 1]."""
     known = ~targets.isnan()
+    if not known.any():
+        return logits.sum() * 0
     return F.binary_cross_entropy_with_logits(logits[known], targets[known])
+
+
+def _graded(targets: Tensor, lists: Sequence[Tensor]) -> list[Tensor]:
+    """The lists that are labelled throughout, and not with one grade for all."""
+    spans = [(each, targets[each].max() - targets[each].min()) for each in lists]
+    return [each for each, span in spans if span > 0.2]
 
 
 def listwise_loss(logits: Tensor, targets: Tensor, lists: Sequence[Tensor]) -> Tensor:
     """Cross-entropy of the softmax over each list with its normalised squared targets (ListNet)."""
     losses = []
-    for positions in lists:
-        target = targets[positions]
-        if not target.isnan().any() and target.max() - target.min() > 0.2:
-            weights = target**2 / (target**2).sum()
-            losses.append(-(weights * logits[positions].log_softmax(0)).sum())
-            losses[-1] = losses[-1] + (weights * weights.clamp(min=1e-9).log()).sum()
+    for positions in _graded(targets, lists):
+        weights = targets[positions] ** 2 / (targets[positions] ** 2).sum()
+        losses.append(-(weights * logits[positions].log_softmax(0)).sum())
+        losses[-1] = losses[-1] + (weights * weights.clamp(min=1e-9).log()).sum()
     return torch.stack(losses).mean() if losses else logits.sum() * 0
 
 
@@ -353,6 +399,30 @@ def losses_of(
     }
 
 
+def losses_of_step(out: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
+    """All losses, in the order of `LOSSES`, and what each is a mean over."""
+    losses = {
+        **losses_of(out.logits, batch.targets, batch.lists, batch.vertical, batch.equal),
+        "exclusion": exclusion_loss(*out.exclusion),
+        "strength": strength_loss(*out.strength),
+    }
+    return torch.stack([losses[name] for name in LOSSES]), counts_of(batch, out)
+
+
+def counts_of(batch: Batch, out: Outputs) -> Tensor:
+    """What each loss is a mean over: how many, or for pairs the sum of their weights."""
+    targets, pairs = batch.targets, batch.vertical
+    counts = {
+        "pointwise": (~targets.isnan()).sum(),
+        "listwise": len(_graded(targets, batch.lists)),
+        "vertical": (targets[pairs[:, 0]] - targets[pairs[:, 1]]).abs().sum(),
+        "equality": len(batch.equal),
+        "exclusion": len(out.exclusion[1]),
+        "strength": len(out.strength[1]),
+    }
+    return torch.tensor([float(counts[name]) for name in LOSSES])
+
+
 class MasterWeights:
     """AdamW on float32 copies of parameters, whatever the model computes in."""
 
@@ -376,10 +446,18 @@ class MasterWeights:
         )
 
     def step(self, factor: float, clip_norm: float) -> float:
-        """One update from the model's gradients; returns their norm."""
+        """One update from the model's gradients, all processes' together; returns their norm."""
         for name, live in self.live.items():
-            self.master[name].grad = live.grad.float() if live.grad is not None else None
+            gradient = torch.zeros_like(live) if live.grad is None else live.grad
+            self.master[name].grad = gradient.float()
             live.grad = None
+        if torch.distributed.is_initialized():
+            gradients = [p.grad for p in self.master.values() if p.grad is not None]
+            total = torch.cat([gradient.flatten() for gradient in gradients])
+            torch.distributed.all_reduce(total)
+            parts = total.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
         norm = torch.nn.utils.clip_grad_norm_(self.master.values(), clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor
@@ -418,14 +496,39 @@ class MasterWeights:
         return step
 
 
+def rate_of(name: str, config: Mapping[str, Any]) -> float:
+    """The learning rate of a parameter."""
+    if name.endswith((".down", ".up")):
+        return float(config["adapter_learning_rate"])
+    return float(config["gate_learning_rate" if name.endswith("_gate") else "learning_rate"])
+
+
 @torch.no_grad()
-def save_model(weights: MasterWeights, start: Path, out: Path) -> None:
-    """Write the model in float16: the bi-encoder's weights and the trained ones."""
+def save_model(trained: LaneEncoder, weights: Mapping[str, Tensor], start: Path, out: Path) -> None:
+    """Write the model in float16: the bi-encoder's weights, the plain score's and those given."""
     model = read_bi_encoder(start)
-    for name, trained in weights.master.items():
-        model.get_parameter(name).copy_(trained)
+    plain = {n: p for n, p in trained.state_dict().items() if n.startswith("plain_")}
+    model.load_state_dict(plain, strict=False)
+    for name, tensor in weights.items():
+        model.get_parameter(name).copy_(tensor)
     torch.nn.Module.to(model, torch.float16).save_pretrained(out)
     (out / "tokenizer.json").write_bytes((start / "tokenizer.json").read_bytes())
+
+
+@torch.no_grad()
+def average(weights: Mapping[str, Tensor], cycles: Mapping[Path, float]) -> dict[str, Tensor]:
+    """The weighted mean of the weights at the ends of cycles; others where none has ended.
+
+    `cycles` has the file of each end, and its weight.
+    """
+    ends = {path: weight for path, weight in cycles.items() if path.exists()}
+    if not ends:
+        return dict(weights)
+    mean = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    for path, weight in ends.items():
+        for name, tensor in load_file(path).items():
+            mean[name] += tensor * (weight / sum(ends.values()))
+    return mean
 
 
 Rate = float | list[tuple[int, float]]
@@ -459,31 +562,82 @@ def draw(
     return groups
 
 
+def learning_rate_factor(cycles: Sequence[int], warmup: int, step: int) -> float:
+    """Linear warm-up and decay to zero in each cycle; `cycles` has the steps at which they end."""
+    end = next((end for end in cycles if step < end), cycles[-1])
+    begin = max((other for other in cycles if other <= step), default=0)
+    return min(1.0, (step - begin + 1) / warmup) * (1 - (step - begin) / (end - begin))
+
+
+def share_of(groups: list[dict[str, Any]], process: int, processes: int) -> list[dict[str, Any]]:
+    """The groups of a step that a process computes, so that each has about as many tokens."""
+
+    def size(group: dict[str, Any]) -> int:
+        return len(group["lanes"]) * sum(len(each["text"]) for each in group["documents"])
+
+    shares: list[list[dict[str, Any]]] = [[] for _ in range(processes)]
+    for group in sorted(groups, key=size, reverse=True):
+        min(shares, key=lambda share: sum(map(size, share))).append(group)
+    return shares[process]
+
+
+def prepare(arguments: argparse.Namespace, config: Mapping[str, Any]) -> None:
+    """Fit the plain score, which the training of instructions leaves as it is."""
+    path = arguments.out / "plain.safetensors"
+    if path.exists() and (arguments.out / "checkpoint.safetensors").exists():
+        return
+    folder = minilm_folder()
+    model = read_bi_encoder(folder).cast_encoder(default_dtype(torch.device("cpu")))
+    lanes = LaneTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    collate = Collator(lanes, config["tokens_per_batch"])
+    groups = read_groups(arguments.data)["plain"]
+    size = 32
+    parts = [cosines_of(model, collate(groups[i : i + size])) for i in range(0, len(groups), size)]
+    cosines, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+    line = fit_line(cosines, targets)
+    log.info("a plain score is the sigmoid of %.2f x cosine %+.2f", *line.values())
+    save_file(line, path)
+
+
 def main() -> None:
     """Train, saving a checkpoint now and then and the model at the end."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that build_data.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="checkpoints and the final model")
     parser.add_argument("--config", type=Path, default=HERE / "config.toml")
-    parser.add_argument("--steps", type=int, help="train fewer or more steps than configured")
+    parser.add_argument("--steps", type=int, help="stop after fewer steps than configured")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     disable_progress_bar()
     config = tomllib.loads(arguments.config.read_text())
-    steps, seed, loss_weights = arguments.steps or config["steps"], config["seed"], config["loss"]
     arguments.out.mkdir(parents=True, exist_ok=True)
+    prepare(arguments, config)
+    (arguments.out / "meeting").unlink(missing_ok=True)  # of a run that was interrupted
+    # So that processes end with this one, whatever ends it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    torch.multiprocessing.spawn(train, (arguments, config), nprocs=arguments.processes, daemon=True)
 
+
+def train(process: int, arguments: argparse.Namespace, config: Mapping[str, Any]) -> None:
+    """One of the processes that train; the first one logs its losses and saves."""
+    logging.basicConfig(
+        level=logging.WARNING if process else logging.INFO, format="%(asctime)s %(message)s"
+    )
+    disable_progress_bar()
+    processes, cycles = arguments.processes, config["cycles"]
+    loss_weights = torch.tensor([float(config["loss"][name]) for name in LOSSES])
+    steps, seed = min(arguments.steps or cycles[-1], cycles[-1]), config["seed"]
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    store = torch.distributed.FileStore(str(arguments.out / "meeting"), processes)
+    torch.distributed.init_process_group("gloo", store=store, rank=process, world_size=processes)
     torch.manual_seed(seed)
     folder = minilm_folder()
     dtype = default_dtype(torch.device("cpu"))
     model = read_bi_encoder(folder)
+    model.load_state_dict(load_file(arguments.out / "plain.safetensors"), strict=False)
     live = freeze_bi_encoder(model)
-    rates = {
-        name: config[
-            "adapter_learning_rate" if name.endswith((".down", ".up")) else "learning_rate"
-        ]
-        for name in live
-    }
+    rates = {name: rate_of(name, config) for name in live}
     weights = MasterWeights(live, rates, config["weight_decay"])
     model.cast_encoder(dtype)
     lanes = LaneTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")))
@@ -492,31 +646,41 @@ def main() -> None:
     log.info("%s, %s", dtype, {name: len(groups) for name, groups in pools.items()})
 
     checkpoint = arguments.out / "checkpoint.safetensors"
+    ends = {step: arguments.out / f"step-{step}.safetensors" for step in cycles}
     first = weights.load(checkpoint) if checkpoint.exists() else 0
     started, seen = time.monotonic(), 0
-    mean: dict[str, float] = {}
+    running = torch.zeros(len(LOSSES))
     for step in range(first, steps):
-        batch = collate(draw(pools, config["mix"], seed, step))
-        out = outputs_of(model, batch)
-        losses = {
-            **losses_of(out.logits, batch.targets, batch.lists, batch.vertical, batch.equal),
-            "exclusion": exclusion_loss(*out.exclusion),
-            "strength": strength_loss(*out.strength),
-        }
-        sum(loss_weights[name] * loss for name, loss in losses.items()).backward()
-        warm = min(1.0, (step + 1) / config["warmup_steps"])
-        weights.step(warm * (1 - step / steps), config["clip_norm"])
-        seen += sum(ids.numel() for part in batch.requests for _, ids, _, _ in part.passes)
-        for name, loss in losses.items():
-            mean[name] = 0.95 * mean.get(name, loss.item()) + 0.05 * loss.item()
+        groups = share_of(draw(pools, config["mix"], seed, step), process, processes)
+        losses, counts = torch.zeros(len(LOSSES)), torch.zeros(len(LOSSES))
+        if groups:
+            batch = collate(groups)
+            losses, counts = losses_of_step(outputs_of(model, batch), batch)
+            seen += sum(ids.numel() for part in batch.requests for _, ids, _, _ in part.passes)
+        total = counts.clone()
+        torch.distributed.all_reduce(total)
+        # Means over the step, of which this process has a part.
+        parts = losses * counts / total.clamp(min=1e-9)
+        if groups:
+            (parts * loss_weights).sum().backward()
+        factor = learning_rate_factor(cycles, config["warmup_steps"], step)
+        weights.step(factor, config["clip_norm"])
+        shown = parts.detach().clone()
+        torch.distributed.all_reduce(shown)
+        running = shown if step == first else 0.95 * running + 0.05 * shown
         if (step + 1) % 10 == 0:
-            rate = seen / (time.monotonic() - started)
-            text = " ".join(f"{name} {value:.3f}" for name, value in mean.items())
+            rate = seen * processes / (time.monotonic() - started)
+            text = " ".join(f"{n} {v:.3f}" for n, v in zip(LOSSES, running.tolist(), strict=True))
             log.info("step %d/%d, %.0f tokens/s: %s", step + 1, steps, rate, text)
-        if (step + 1) % config["save_every"] == 0 or step + 1 == steps:
+        if not process and step + 1 in ends:
+            save_file({n: p.detach() for n, p in weights.master.items()}, ends[step + 1])
+        if not process and ((step + 1) % config["save_every"] == 0 or step + 1 == steps):
+            shares = dict(zip(ends.values(), config["average"], strict=True))
+            mean = average(weights.master, shares)
+            save_model(model, mean, folder, arguments.out / "model")
             weights.save(checkpoint, step + 1)
-            save_model(weights, folder, arguments.out / "model")
     log.info("saved %s", arguments.out / "model")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from train import (
     MasterWeights,
     attacked_pairs,
     draw,
+    learning_rate_factor,
     losses_of,
     minilm_folder,
     read_groups,
@@ -155,8 +156,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     disable_progress_bar()
     config = tomllib.loads(arguments.config.read_text())
-    steps, seed, loss_weights = arguments.steps or config["steps"], config["seed"], config["loss"]
-    own = config["cross_encoder"]
+    own, seed, loss_weights = config["cross_encoder"], config["seed"], config["loss"]
+    steps = arguments.steps or own["steps"]
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(seed)
@@ -185,8 +186,8 @@ def main() -> None:
         windows, relations = collate(draw(pools, config["mix"], seed, step))
         losses = losses_of(logits_of(model, windows, own["tokens_per_batch"]), *relations)
         sum(loss_weights[name] * loss for name, loss in losses.items()).backward()
-        warm = min(1.0, (step + 1) / config["warmup_steps"])
-        weights.step(warm * (1 - step / steps), config["clip_norm"])
+        factor = learning_rate_factor([steps], config["warmup_steps"], step)
+        weights.step(factor, config["clip_norm"])
         seen += sum(map(len, windows))
         for name, loss in losses.items():
             mean[name] = 0.95 * mean.get(name, loss.item()) + 0.05 * loss.item()

@@ -9,8 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,7 +22,6 @@ from lanerank.contracts import Candidate, Lane, LongDocuments
 from lanerank.errors import InputError, ModelLoadError
 
 _MAX_ATTRIBUTE_CHARS = 200
-_WORD = re.compile(r"\w+")
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}(?:$|[T ])")
 
 
@@ -147,19 +145,22 @@ class ContentEncoder:
         ids = self._tokenizer.encode(clean_text(text), add_special_tokens=False).ids
         return [token for token in ids if token not in self.reserved_ids]
 
-    def beginning(self, text: str, room: int) -> list[int]:
+    def beginning(
+        self, text: str, room: int, leave_out: Callable[[list[int]], list[int]] = list
+    ) -> list[int]:
         """The ids of a text, or of enough of its beginning to tell that it exceeds `room`.
 
         A document of a megabyte need not be tokenised to its end to keep its first 512 tokens.
-        The cut can only change the last word, which lies far beyond `room`.
+        The cut can only change the last words, which lie far beyond `room`. `leave_out` is
+        applied to the ids, however many it leaves out.
         """
         for chars in (32 * room, 256 * room):
             if len(text) <= chars:
                 break
-            content = self.encode(text[:chars])
+            content = leave_out(self.encode(text[:chars]))
             if len(content) > 2 * room:
                 return content[: 2 * room]
-        return self.encode(text)
+        return leave_out(self.encode(text))
 
 
 def text_settings(
@@ -237,76 +238,76 @@ class LaneBudgets:
             )
 
 
-class _Marks(dict[int, int | None]):
-    """For `str.translate`: drops accents and characters that cannot be seen."""
-
-    def __missing__(self, code: int) -> int | None:
-        character = chr(code)
-        dropped = unicodedata.category(character) in ("Mn", "Cf", "Cc")
-        found = None if dropped and not character.isspace() else code
-        if code < _KEPT:
-            self[code] = found
-        return found
-
-
-_KEPT = 0x3000  # Hostile text must not fill memory; what lies above is rare, or not of words.
-_MARKS = _Marks()
-
-
 class EchoFilter:
-    """Leaves out what a document repeats of an instruction, word for word.
+    """Leaves out what a document repeats of an instruction, word for word, as the model reads both.
 
     Nothing resembles an instruction more than the instruction itself, so a document that guesses
     it, or has read it in another answer, could lift itself by saying it again. Six words in a row,
-    or all of an instruction of four or five, are no coincidence: of the 47,794 pairs of
-    instruction and document in the project's scenarios, one shares as many. Words are the same that
-    differ in case, accents or invisible characters, since a tokenizer may not tell them apart. An
-    echo in other words is for the model to resist.
+    or all of an instruction of four or five, are no coincidence: of 86,877 honest pairs of an
+    instruction and a document in the project's scenarios, one shares as many. Words are compared as
+    ids, so that what a tokenizer drops or folds disguises nothing. An echo in other words is for
+    the model to resist.
 
     Args:
-        instruction: An instruction; from one of fewer than four words nothing is left out.
+        instruction: The ids of an instruction; from one of fewer than four words nothing is left
+            out.
+        silent: Ids without a letter or digit, which no word is made of.
+        continuing: Ids that continue a word.
     """
 
-    def __init__(self, instruction: str) -> None:
+    def __init__(
+        self,
+        instruction: Sequence[int] = (),
+        silent: Container[int] = (),
+        continuing: Container[int] = (),
+    ) -> None:
         """Note the runs of words to look for."""
-        words = [word.casefold() for word in _WORD.findall(self._bare(instruction))]
+        self._silent, self._continuing = silent, continuing
+        words = [word for _, word in self._words(instruction)]
         self._length = max(4, min(6, len(words)))
         self._runs = set(zip(*(words[i:] for i in range(self._length)), strict=False))
 
-    def __call__(self, text: str) -> str:
-        """The text without any run of words that the instruction has too.
-
-        Where there is one, accents and invisible characters are left out as well.
-        """
+    def __call__(self, content: list[int]) -> list[int]:
+        """The content without any run of words that the instruction has too."""
         if not self._runs:
-            return text
-        given, text = text, self._bare(text)
-        kept: list[re.Match[str]] = []
-        folded: list[str] = []
-        echoed: tuple[str, ...] = ()
-        words = list(_WORD.finditer(text))
-        for word in words:
-            run = (*echoed[1:], word.group().casefold())
+            return content
+        kept: list[tuple[int, tuple[int, ...]]] = []
+        echoed: tuple[tuple[int, ...], ...] = ()
+        words = self._words(content)
+        for start, word in words:
+            run = (*echoed[1:], word)
             if echoed and run in self._runs:  # The echo goes on.
                 echoed = run
                 continue
-            kept.append(word)
-            folded.append(run[-1])
-            echoed = tuple(folded[-self._length :])
+            kept.append((start, word))
+            echoed = tuple(each for _, each in kept[-self._length :])
             if echoed in self._runs:
                 # Words to either side of an echo may be another one, put around it.
-                del kept[-self._length :], folded[-self._length :]
+                del kept[-self._length :]
             else:
                 echoed = ()
         if len(kept) == len(words):
-            return given
-        ends = {word.start(): after.start() for word, after in pairwise(words)}
-        parts = (text[word.start() : ends.get(word.start(), len(text))] for word in kept)
-        return text[: words[0].start()] + "".join(parts)
+            return content
+        starts = [start for start, _ in words]
+        ends = dict(pairwise([*starts, len(content)]))
+        return [
+            *content[: starts[0]],
+            *(token for start, _ in kept for token in content[start : ends[start]]),
+        ]
 
-    @staticmethod
-    def _bare(text: str) -> str:
-        return unicodedata.normalize("NFKD", text).translate(_MARKS)
+    def _words(self, content: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
+        """Where each word begins, and its ids."""
+        words: list[tuple[int, tuple[int, ...]]] = []
+        for place, token in enumerate(content):
+            if token in self._silent:
+                continue
+            if token in self._continuing and words:
+                start, begun = words[-1]
+                if start + len(begun) == place:
+                    words[-1] = start, (*begun, token)
+                    continue
+            words.append((place, (token,)))
+        return words
 
 
 class LaneTokenizer:
@@ -336,10 +337,22 @@ class LaneTokenizer:
         self.reserved_ids = self._encoder.reserved_ids
         """Ids that content can never produce: every special and added token."""
         self._cls, self._sep = _marker(tokenizer, cls_token), _marker(tokenizer, sep_token)
+        prefix = getattr(tokenizer.model, "continuing_subword_prefix", None)
+        vocabulary = tokenizer.get_vocab()
+        self._continuing = frozenset(
+            number for token, number in vocabulary.items() if prefix and token.startswith(prefix)
+        )
+        self._silent = frozenset(
+            number for token, number in vocabulary.items() if not any(map(str.isalnum, token))
+        )
 
     def content(self, text: str) -> list[int]:
         """The ids of a text, none of them reserved, and none for characters it cannot read."""
         return self._encoder.encode(text)
+
+    def echoes(self, instruction: str) -> EchoFilter:
+        """What leaves an instruction out of the documents that are read under it."""
+        return EchoFilter(self.content(instruction), self._silent, self._continuing)
 
     def frame(self, content: Sequence[int]) -> tuple[int, ...]:
         """Content between the two tokens that open and close a lane."""
@@ -387,17 +400,16 @@ class LaneTokenizer:
         is in no window, and does not count as cut.
         """
         budgets = self.budgets
-        without_echoes = echoes or EchoFilter("")
-        attributes = self.content(without_echoes(candidate.attributes))
+        without_echoes = echoes or EchoFilter()
+        attributes = without_echoes(self.content(candidate.attributes))
         cut = len(attributes) > budgets.attributes - 2
         framed = self.frame(attributes[: budgets.attributes - 2]) if attributes else ()
         room = budgets.document - 2
         if long_documents == "truncate":
-            # To the end: behind enough echoes any part of a text comes to the front.
-            content = self._encoder.beginning(without_echoes(candidate.text), room)
+            content = self._encoder.beginning(candidate.text, room, without_echoes)
             window = TokenizedCandidate(index, framed, self.frame(content[:room]))
             return [window], cut or len(content) > room
-        content = self.content(without_echoes(candidate.text))
+        content = without_echoes(self.content(candidate.text))
         step = room - budgets.window_overlap
         last = max(0, len(content) - budgets.window_overlap)
         starts = range(0, max(1, last), step)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lanerank.contracts import Lane, RerankRequest, Scores
 from lanerank.errors import InputError
-from lanerank.lanes import EchoFilter, LaneTokenizer, TokenizedCandidate
+from lanerank.lanes import LaneTokenizer, TokenizedCandidate
 from lanerank.scoring.batching import score_in_batches
 from lanerank.scoring.modeling_lane_encoder import (
     LaneEncoder,
@@ -196,7 +196,7 @@ class LaneEncoderScorer:
     ) -> list[Scores]:
         trusted = self._trust(lanes)
         owner = [number for number, request in enumerate(requests) for _ in request.candidates]
-        echoes = [EchoFilter(each.instruction) for each in requests]
+        echoes = [self.lanes.echoes(each.instruction) for each in requests]
         alone = requests[0] if len(requests) == 1 else None
         # Beside others, a candidate brings a copy of the trusted lanes that it attends to.
         copied = 0 if alone or trusted.joined is None else trusted.joined.mask.shape[1]

@@ -13,7 +13,7 @@ all candidates, and no document can change them.
 What training adds (gates, low-rank differences of the weights, lane embeddings, the head) applies
 only where there is an instruction. Without one, a lane encoder initialised from a bi-encoder *is*
 that bi-encoder, trained or not: the score grows with the cosine of mean-pooled query and candidate,
-and only how fast it grows, and from where, is learned for each query.
+and only how fast it grows, and from where, is learned.
 
 Two things are read from the trusted lanes alone. Each token of the instruction has an *exclusion*,
 the probability that it names what is not wanted; what is wanted and what is excluded are pooled
@@ -215,8 +215,6 @@ class LaneEncoder(PreTrainedModel):
         self.exclusion_weight = nn.Parameter(torch.tensor(0.3))
         self.strength_hidden = nn.Linear(3 * size, size // 8)
         self.strength_output = nn.Linear(size // 8, 1)
-        self.plain_hidden = nn.Linear(size, size // 12)
-        self.plain_output = nn.Linear(size // 12, 2)
         self.post_init()  # type: ignore[no-untyped-call]  # transformers does not annotate it
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -227,7 +225,7 @@ class LaneEncoder(PreTrainedModel):
         if isinstance(module, InstructedLinear):
             nn.init.normal_(module.down, std=0.02)
             nn.init.zeros_(module.up)
-        outputs = ("head_output", "exclusion_output", "strength_output", "plain_output")
+        outputs = ("head_output", "exclusion_output", "strength_output")
         for start_at_zero in (*outputs, "lane_embeddings"):
             if module is getattr(self, start_at_zero, None):
                 nn.init.zeros_(module.weight)
@@ -243,7 +241,7 @@ class LaneEncoder(PreTrainedModel):
         for module in (*encoder, self.embedding_norm, self.layers):
             module.to(dtype)
         for name, child in self.named_children():
-            if name.startswith(("head_", "exclusion_", "strength_", "plain_")):
+            if name.startswith(("head_", "exclusion_", "strength_")):
                 child.float()
         for parameter in self.parameters(recurse=False):
             parameter.data = parameter.data.float()
@@ -415,8 +413,8 @@ class LaneEncoder(PreTrainedModel):
     def _head(self, document: Tensor, trusted: TrustedLanes, group: Tensor | None) -> Tensor:
         """The logits of candidates from the pooled lanes.
 
-        Without an instruction, `s(query) · cos(query, document) + b(query)`; within one query the
-        order is that of the cosine, since `s` is positive. With an instruction,
+        Without an instruction, `s · cos(query, document) + b`: the order is that of the cosine.
+        With an instruction,
 
             w · (scale · (cos(wanted, document) - e · cos(excluded, document)) + bias + MLP(...))
               + (1 - w) · the logit without an instruction
@@ -433,10 +431,8 @@ class LaneEncoder(PreTrainedModel):
         size = document.shape[-1]
         document = F.normalize(document, dim=-1)
         query = F.normalize(trusted.query.total, dim=-1)
-        own = each(self.plain_output(F.gelu(self.plain_hidden(query * size**0.5))))
         query = each(query)
-        slope, offset = self.plain_scale * own[..., 0].exp(), self.plain_bias + own[..., 1]
-        plain: Tensor = slope * (query * document).sum(-1) + offset
+        plain: Tensor = self.plain_scale * (query * document).sum(-1) + self.plain_bias
         lane = trusted.instruction
         if lane is None:
             return plain
