@@ -30,12 +30,13 @@ from typing import Any
 
 import torch
 import torch.distributed
-import torch.multiprocessing
 from excluded import excluded_spans
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.distributed import FileStore  # type: ignore[attr-defined]  # not in its __all__
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from transformers.utils.logging import disable_progress_bar
 
@@ -100,10 +101,10 @@ def fit_line(cosines: Tensor, targets: Tensor) -> dict[str, Tensor]:
     def loss() -> Tensor:
         optimizer.zero_grad()
         value = pointwise_loss(scale * cosines + bias, targets)
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         return value
 
-    optimizer.step(loss)
+    optimizer.step(loss)  # type: ignore[no-untyped-call]  # torch does not annotate it
     return {"plain_scale": scale.detach(), "plain_bias": bias.detach()}
 
 
@@ -412,7 +413,7 @@ def losses_of_step(out: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
 def counts_of(batch: Batch, out: Outputs) -> Tensor:
     """What each loss is a mean over: how many, or for pairs the sum of their weights."""
     targets, pairs = batch.targets, batch.vertical
-    counts = {
+    counts: dict[str, Tensor | int] = {
         "pointwise": (~targets.isnan()).sum(),
         "listwise": len(_graded(targets, batch.lists)),
         "vertical": (targets[pairs[:, 0]] - targets[pairs[:, 1]]).abs().sum(),
@@ -455,7 +456,7 @@ class MasterWeights:
             gradients = [p.grad for p in self.master.values() if p.grad is not None]
             total = torch.cat([gradient.flatten() for gradient in gradients])
             torch.distributed.all_reduce(total)
-            parts = total.split([gradient.numel() for gradient in gradients])
+            parts = torch.split(total, [gradient.numel() for gradient in gradients])
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
         norm = torch.nn.utils.clip_grad_norm_(self.master.values(), clip_norm)
@@ -616,7 +617,7 @@ def main() -> None:
     (arguments.out / "meeting").unlink(missing_ok=True)  # of a run that was interrupted
     # So that processes end with this one, whatever ends it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    torch.multiprocessing.spawn(train, (arguments, config), nprocs=arguments.processes, daemon=True)
+    spawn(train, (arguments, config), nprocs=arguments.processes, daemon=True)  # type: ignore[no-untyped-call]  # torch does not annotate it
 
 
 def train(process: int, arguments: argparse.Namespace, config: Mapping[str, Any]) -> None:
@@ -629,7 +630,7 @@ def train(process: int, arguments: argparse.Namespace, config: Mapping[str, Any]
     loss_weights = torch.tensor([float(config["loss"][name]) for name in LOSSES])
     steps, seed = min(arguments.steps or cycles[-1], cycles[-1]), config["seed"]
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    store = torch.distributed.FileStore(str(arguments.out / "meeting"), processes)
+    store = FileStore(str(arguments.out / "meeting"), processes)
     torch.distributed.init_process_group("gloo", store=store, rank=process, world_size=processes)
     torch.manual_seed(seed)
     folder = minilm_folder()
@@ -662,7 +663,7 @@ def train(process: int, arguments: argparse.Namespace, config: Mapping[str, Any]
         # Means over the step, of which this process has a part.
         parts = losses * counts / total.clamp(min=1e-9)
         if groups:
-            (parts * loss_weights).sum().backward()
+            (parts * loss_weights).sum().backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         factor = learning_rate_factor(cycles, config["warmup_steps"], step)
         weights.step(factor, config["clip_norm"])
         shown = parts.detach().clone()
