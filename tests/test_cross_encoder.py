@@ -163,6 +163,12 @@ def test_windows_cover_a_long_document(scorer) -> None:
     assert scores.truncated == (False,)
 
 
+def test_windows_say_so_where_attributes_are_cut(scorer) -> None:
+    query = scorer.pairs.query("red fish")
+    candidate = Candidate(text="the team is hiring " * 200, attributes="source: coach " * 60)
+    assert scorer.pairs.windows(0, candidate, "max_window", query)[1]
+
+
 def test_a_query_that_leaves_no_room_is_refused(scorer) -> None:
     with pytest.raises(InputError, match=r"`query` has 200 tokens and leaves no room"):
         scorer.score(request(query="red fish " * 100))

@@ -219,6 +219,12 @@ def test_unknown_attributes_are_left_out(recording) -> None:
     assert recording.requests[0].candidates[0].attributes == "b: 1"
 
 
+@pytest.mark.parametrize("names", [iter(["b", "a"]), ["b", "b", "a"], {"b": 1, "a": 2}])
+def test_attributes_may_come_in_any_iterable(names, recording) -> None:
+    Reranker(recording).rank("q", [Document("x", metadata={"a": 1, "b": 2})], attributes=names)
+    assert recording.requests[0].candidates[0].attributes == "b: 2; a: 1"
+
+
 def test_attributes_are_not_read_when_none_are_chosen(recording) -> None:
     Reranker(recording).rank("q", [Document("a", metadata={"date": "2025-01-01"})])
     assert recording.requests[0].candidates[0].attributes == ""
@@ -415,7 +421,7 @@ def test_a_top_k_beyond_the_documents_keeps_all(recording) -> None:
     assert len(Reranker(recording).rank("q", ["a", "b"], top_k=100)) == 2
 
 
-@pytest.mark.parametrize("attributes", ["date", b"date", None, 7, [7], ["date", None]])
+@pytest.mark.parametrize("attributes", ["date", b"date", None, 7, [7], ["date", None], [["date"]]])
 def test_attributes_that_are_no_list_of_names_are_refused(attributes, recording) -> None:
     with pytest.raises(InputError, match="`attributes`"):
         Reranker(recording).rank("q", ["a"], attributes=attributes)

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from tokenizers import Tokenizer, models
@@ -23,6 +23,8 @@ from lanerank.errors import InputError, ModelLoadError
 
 _MAX_ATTRIBUTE_CHARS = 200
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}(?:$|[T ])")
+# Every character that a tokenizer's normalisation (NFC to NFKC) may turn into a semicolon.
+_SEMICOLONS = str.maketrans(dict.fromkeys(";\u037e\ufe14\ufe54\uff1b", ","))
 
 
 def clean_text(text: str) -> str:
@@ -58,8 +60,8 @@ def render_attributes(
 
     Args:
         metadata: The document's metadata.
-        fields: The names to take, in this order. A name that is absent, or whose value is `None`
-            or blank, is left out.
+        fields: The names to take, in this order. A name that is absent, or whose value is `None`,
+            not a number (as pandas marks what is missing) or blank, is left out.
         today: If given, a value that is a date (or an ISO 8601 string) is followed by its age.
 
     Returns:
@@ -70,17 +72,29 @@ def render_attributes(
     parts = []
     for field in fields:
         value = metadata.get(field)
+        if value is None or _is_nan(value):
+            continue
         if isinstance(value, (list, tuple, set, frozenset)):
-            value = ", ".join(str(item) for item in value)
-        text = " ".join(clean_text(str(value)).split()) if value is not None else ""
+            # Every item takes a character at least, so that no more of them are read.
+            value = ", ".join(map(str, islice(value, _MAX_ATTRIBUTE_CHARS)))
         # A value that brought its own separator could pass for another field.
-        text = text.replace(";", ",")
+        text = " ".join(clean_text(str(value)).split()).translate(_SEMICOLONS)
         if not text:
             continue
         date = _as_date(value) if today else None
         age = f" ({describe_age(date, today)})" if date and today else ""
         parts.append(f"{clean_text(field)}: {text[:_MAX_ATTRIBUTE_CHARS]}{age}")
     return "; ".join(parts)
+
+
+def _is_nan(value: object) -> bool:
+    """Whether a value stands for a missing one, as NaN, NaT and NA do in tables."""
+    try:
+        return bool(value != value)
+    except ValueError:  # An array.
+        return False
+    except TypeError:  # NA of pandas, which is neither.
+        return True
 
 
 def _as_date(value: object) -> dt.date | None:
@@ -303,10 +317,9 @@ class EchoFilter:
                 continue
             if token in self._continuing and words:
                 start, begun = words[-1]
-                if start + len(begun) == place:
-                    words[-1] = start, (*begun, token)
-                    continue
-            words.append((place, (token,)))
+                words[-1] = start, (*begun, token)
+            else:
+                words.append((place, (token,)))
         return words
 
 

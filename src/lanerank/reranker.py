@@ -525,14 +525,13 @@ def _document(index: int, item: object) -> Document:
         raise InputError(f"`documents[{index}]`: {error}") from error
 
 
-def _fields(attributes: Sequence[str]) -> tuple[str, ...]:
-    if (
-        isinstance(attributes, str)
-        or not isinstance(attributes, Iterable)
-        or not all(isinstance(name, str) for name in attributes)
-    ):
+def _fields(attributes: Iterable[str]) -> tuple[str, ...]:
+    listed = isinstance(attributes, Iterable) and not isinstance(attributes, str)
+    names = tuple(attributes) if listed else ()
+    if not listed or not all(isinstance(name, str) for name in names):
         raise InputError(f"`attributes` must be a list of metadata field names, got {attributes!r}")
-    return tuple(attributes)
+    # A field is read once, however often a request asks for it.
+    return tuple(dict.fromkeys(names))
 
 
 def _one_of(name: str, value: _T, literal: object) -> _T:

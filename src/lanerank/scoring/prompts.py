@@ -306,15 +306,16 @@ class PairTokenizer:
         content = self._content.encode(text)
         if len(content) <= room or long_documents == "truncate":
             return [self._window(index, query, content[:room])], len(content) > room
-        head = self._content.encode(f"{attributes}\n")[: min(_ATTRIBUTES_BUDGET, room // 2)]
-        head = head if attributes else []
+        head = self._content.encode(f"{attributes}\n") if attributes else []
+        limit = min(_ATTRIBUTES_BUDGET, room // 2)
+        head, cut = head[:limit], len(head) > limit
         content = self._content.encode(candidate.text)
         space = room - len(head)
         overlap = space // 8
         starts = range(0, max(1, len(content) - overlap), space - overlap)
         return [
             self._window(index, query, [*head, *content[start : start + space]]) for start in starts
-        ], False
+        ], cut
 
     def _room(self, query: Sequence[int]) -> int:
         return self.max_tokens - len(query) - sum(map(len, self._frame))

@@ -136,6 +136,7 @@ class LaneEncoderBackend:
         self.lanes = lanes
         self._tokenizer = tokenizer
         self._trusted = lru_cache(_CACHED_TEXTS)(lanes.trusted)
+        self._echoes = lru_cache(_CACHED_TEXTS)(lanes.echoes)
         self._candidate = lru_cache(_CACHED_TEXTS)(self._encode)
 
     @classmethod
@@ -178,7 +179,7 @@ class LaneEncoderBackend:
         """See `Backend`; the arguments of `LaneEncoder.forward`."""
         requests: dict[tuple[str, str], int] = {}
         group = [requests.setdefault((row.instruction, row.query), len(requests)) for row in rows]
-        candidates = [self._candidate(row.candidate) for row in rows]
+        candidates = [self._candidate(row.candidate, row.instruction) for row in rows]
         ids = _padded([above + document for above, document in candidates])
         lanes = torch.full_like(ids, int(Lane.DOCUMENT))
         for place, (above, _) in enumerate(candidates):
@@ -211,8 +212,12 @@ class LaneEncoderBackend:
         self.model.save_pretrained(folder)
         shutil.copyfile(self._tokenizer, folder / "tokenizer.json")
 
-    def _encode(self, candidate: Candidate) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        [window], _ = self.lanes.candidate(0, candidate, "truncate")
+    def _encode(
+        self, candidate: Candidate, instruction: str
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        # As the scorer reads it, which leaves out what repeats the instruction.
+        echoes = self._echoes(instruction)
+        [window], _ = self.lanes.candidate(0, candidate, "truncate", echoes)
         return window.attributes, window.document
 
 
