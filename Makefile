@@ -75,11 +75,8 @@ wheels: $(DEV) ## build the wheels, and use them in an environment that has noth
 	@echo "The wheels of the core and of the plugins install, import and rank."
 	@rm -rf $(VENV)/wheels
 
-train: $(DEV) ## build the data and train the shipped model again (about six hours)
+train: $(DEV) ## build the data and train the shipped model again (about three hours)
 	@$(BIN)/python recipes/mini/build_data.py --out $(RUN)/data
-	@$(BIN)/python recipes/mini/train.py --data $(RUN)/data --out $(RUN) --steps 2200
-	@$(BIN)/python recipes/mini/train_cross_encoder.py --data $(RUN)/data --out $(RUN)/teacher
-	@$(BIN)/python recipes/mini/teach.py --data $(RUN)/data --model $(RUN)/model --cross-encoder $(RUN)/teacher/model
 	@$(BIN)/python recipes/mini/train.py --data $(RUN)/data --out $(RUN)
 	cp $(RUN)/model/config.json $(RUN)/model/model.safetensors $(RUN)/model/tokenizer.json src/lanerank/models/lanerank-mini/
 

@@ -51,7 +51,7 @@ HERE = Path(__file__).parent
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 POOLS = (
     *("scenarios", "late", "fifth", "sixth"),
-    *("strangers", "padded", "injection", "neutral", "taught", "plain"),
+    *("strangers", "padded", "injection", "neutral", "plain"),
 )
 # Sources whose answers yes and no, or whose wordings, the labels of exclusion do not understand.
 WITHOUT_EXCLUSIONS = frozenset({"condaqa", "pubmedqa", "qulac"})
@@ -111,12 +111,10 @@ def fit_line(cosines: Tensor, targets: Tensor) -> dict[str, Tensor]:
 def read_groups(data: Path) -> dict[str, list[dict[str, Any]]]:
     """The training groups by pool; those made by a rule from public sets are one pool."""
     pools: dict[str, list[dict[str, Any]]] = {name: [] for name in (*POOLS, "rules")}
-    paths = (data / name for name in ("train.jsonl.gz", "taught.jsonl.gz"))
-    for path in filter(Path.exists, paths):
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                group = json.loads(line)
-                pools[group["source"] if group["source"] in POOLS else "rules"].append(group)
+    with gzip.open(data / "train.jsonl.gz", "rt", encoding="utf-8") as lines:
+        for line in lines:
+            group = json.loads(line)
+            pools[group["source"] if group["source"] in POOLS else "rules"].append(group)
     return pools
 
 
@@ -469,13 +467,6 @@ class MasterWeights:
         return float(norm)
 
     @torch.no_grad()
-    def replace(self, weights: Mapping[str, Tensor]) -> None:
-        """Go on from other weights, with the state of the optimiser as it is."""
-        for name, master in self.master.items():
-            master.copy_(weights[name])
-        self.write_back()
-
-    @torch.no_grad()
     def write_back(self) -> None:
         """Copy the master weights into the model."""
         for name, live in self.live.items():
@@ -572,17 +563,11 @@ def draw(
     return groups
 
 
-def learning_rate_factor(
-    cycles: Sequence[int], peaks: Sequence[float], warmup: int, step: int
-) -> float:
-    """Linear warm-up and decay to zero in each cycle.
-
-    `cycles` has the steps at which they end, `peaks` where each starts to decay.
-    """
+def learning_rate_factor(cycles: Sequence[int], warmup: int, step: int) -> float:
+    """Linear warm-up and decay to zero in each cycle; `cycles` has the steps at which they end."""
     end = next((end for end in cycles if step < end), cycles[-1])
     begin = max((other for other in cycles if other <= step), default=0)
-    peak = peaks[cycles.index(end)]
-    return peak * min(1.0, (step - begin + 1) / warmup) * (1 - (step - begin) / (end - begin))
+    return min(1.0, (step - begin + 1) / warmup) * (1 - (step - begin) / (end - begin))
 
 
 def share_of(groups: list[dict[str, Any]], process: int, processes: int) -> list[dict[str, Any]]:
@@ -663,13 +648,10 @@ def train(process: int, arguments: argparse.Namespace, config: Mapping[str, Any]
 
     checkpoint = arguments.out / "checkpoint.safetensors"
     ends = {step: arguments.out / f"step-{step}.safetensors" for step in cycles}
-    shares = dict(zip(ends.values(), config["average"], strict=True))
     first = weights.load(checkpoint) if checkpoint.exists() else 0
     started, seen = time.monotonic(), 0
     running = torch.zeros(len(LOSSES))
     for step in range(first, steps):
-        if step in ends:
-            weights.replace(average(weights.master, shares))
         groups = share_of(draw(pools, config["mix"], seed, step), process, processes)
         losses, counts = torch.zeros(len(LOSSES)), torch.zeros(len(LOSSES))
         if groups:
@@ -682,7 +664,7 @@ def train(process: int, arguments: argparse.Namespace, config: Mapping[str, Any]
         parts = losses * counts / total.clamp(min=1e-9)
         if groups:
             (parts * loss_weights).sum().backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
-        factor = learning_rate_factor(cycles, config["peaks"], config["warmup_steps"], step)
+        factor = learning_rate_factor(cycles, config["warmup_steps"], step)
         weights.step(factor, config["clip_norm"])
         shown = parts.detach().clone()
         torch.distributed.all_reduce(shown)
@@ -693,9 +675,8 @@ def train(process: int, arguments: argparse.Namespace, config: Mapping[str, Any]
             log.info("step %d/%d, %.0f tokens/s: %s", step + 1, steps, rate, text)
         if not process and step + 1 in ends:
             save_file({n: p.detach() for n, p in weights.master.items()}, ends[step + 1])
-        if step + 1 in ends:
-            torch.distributed.barrier()  # every process reads the file
         if not process and ((step + 1) % config["save_every"] == 0 or step + 1 == steps):
+            shares = dict(zip(ends.values(), config["average"], strict=True))
             mean = average(weights.master, shares)
             save_model(model, mean, folder, arguments.out / "model")
             weights.save(checkpoint, step + 1)

@@ -186,7 +186,7 @@ def main() -> None:
         windows, relations = collate(draw(pools, config["mix"], seed, step))
         losses = losses_of(logits_of(model, windows, own["tokens_per_batch"]), *relations)
         sum(loss_weights[name] * loss for name, loss in losses.items()).backward()
-        factor = learning_rate_factor([steps], [1.0], config["warmup_steps"], step)
+        factor = learning_rate_factor([steps], config["warmup_steps"], step)
         weights.step(factor, config["clip_norm"])
         seen += sum(map(len, windows))
         for name, loss in losses.items():
