@@ -425,6 +425,7 @@ def test_a_marker_in_disguise_loses_its_signs(text) -> None:
 )
 def test_text_that_is_no_marker_stays_as_it_is(text) -> None:
     assert neutralise(text, ("<Instruct>:", "query:")) == text
+    assert neutralise("The Rule -- of", ("rule", "--")) == "The Rule -- of"  # Nothing to take.
 
 
 @pytest.mark.parametrize("line", ["query: x", "\nQUERY : x", "a\r\n  query: x", "a\u2028query: x"])
@@ -669,6 +670,8 @@ def test_a_file_beside_weights_can_name_a_known_contract(reference, tmp_path) ->
     ("change", "message"),
     [
         ({"answers": None}, "needs `answers`"),
+        ({"markers": ["Rule"]}, "`markers` cannot hold 'Rule': each needs a sign"),
+        ({"markers": ["<a-b>"]}, "none may have '-'"),
         ({"segments": []}, "need one `query` and one `document`"),
         ({"segments": [{"lane": "document"}, {"lane": "document"}]}, "need one `query`"),
         ({"segments": [{"fixed": "a", "lane": "query"}]}, "either `fixed` or `lane`"),

@@ -42,6 +42,12 @@ class _Fold(dict[int, str]):
 _FOLD = _Fold()
 
 
+def is_marker(text: str) -> bool:
+    """Whether a text has a sign that can be taken from it, and no `-`, which signs become."""
+    folded = text.translate(_FOLD)
+    return "-" not in folded and not all(char.isalnum() or char.isspace() for char in folded)
+
+
 def neutralise(text: str, markers: tuple[str, ...]) -> str:
     """A text of the same length in which none of the markers survives.
 
@@ -58,7 +64,10 @@ def neutralise(text: str, markers: tuple[str, ...]) -> str:
     pattern = _pattern(markers)
     # Neutralising one marker could lay bare another, so go on until there is none.
     while pattern.search(folded := text.translate(_FOLD)):
-        text = _blunt(text, folded, pattern)
+        blunt = _blunt(text, folded, pattern)
+        if blunt == text:  # A marker without a sign, which no text can lose.
+            break
+        text = blunt
     return text
 
 

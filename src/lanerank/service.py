@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from lanerank.contracts import LongDocuments, Scores
 from lanerank.errors import InputError, InstructionNotSupportedError, ModelLoadError
-from lanerank.markers import neutralise
+from lanerank.markers import is_marker, neutralise
 from lanerank.template import Mapping01, PromptTemplate
 
 ScoreKind = Literal["unit", "logit", "raw"]
@@ -200,8 +200,12 @@ class ServiceContract(BaseModel):
     def _complete(self) -> Self:
         if not self.path.startswith("/"):
             raise ValueError("`path` begins with '/'")
-        if any("-" in marker or not marker.strip() for marker in self.markers):
-            raise ValueError("`markers` cannot be blank or hold '-', which replaces their signs")
+        for marker in self.markers:
+            if not is_marker(marker):
+                raise ValueError(
+                    f"`markers` cannot hold {marker!r}: each needs a sign, such as '<' or ':', and "
+                    "none may have '-', which replaces the signs"
+                )
         return self
 
     def carries_instructions(self, template: PromptTemplate | None) -> bool:
