@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
+import pickle
 import subprocess
 import sys
 import tempfile
+import weakref
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -21,7 +24,14 @@ from sklearn.frozen import FrozenEstimator
 
 from lanerank import Reranker
 from lanerank.calibration import CALIBRATION_FILE, CalibratedScorer, Calibrator
-from lanerank.contracts import AsyncScorer, Candidate, RerankRequest, Scorer, Scores
+from lanerank.contracts import (
+    AsyncScorer,
+    Candidate,
+    RerankRequest,
+    Scorer,
+    Scores,
+    score_async,
+)
 from lanerank.errors import InputError, ModelLoadError, ScorerError
 from lanerank.testing import OverlapScorer, ScriptedScorer
 
@@ -493,10 +503,49 @@ def test_a_wrapped_scorer_can_be_awaited_as_the_scorer_can() -> None:
     expected = calibrator.wrap(Fixed(answer)).score(request("a", "b"))
     for scorer in (Fixed(answer), Awaitable(answer)):
         wrapped = calibrator.wrap(scorer)
-        assert isinstance(wrapped, AsyncScorer)
-        assert asyncio.run(wrapped.ascore(request("a", "b"))) == expected
+        assert isinstance(wrapped, AsyncScorer) is isinstance(scorer, AsyncScorer)
+        assert asyncio.run(score_async(wrapped, request("a", "b"))) == expected
         ranking = asyncio.run(Reranker(wrapped).arank("q", ["a", "b"]))
         assert [each.index for each in ranking] == [1, 0]
+
+
+@dataclass(frozen=True)
+class Many(Fixed):
+    """A scorer that takes several requests at a time, and cannot score the query "bad"."""
+
+    def score(self, request):
+        raise AssertionError("one at a time")
+
+    def score_many(self, requests, *, return_exceptions=False):
+        assert return_exceptions
+        error = InputError("too long")
+        return [error if request.query == "bad" else self.answer for request in requests]
+
+
+def test_a_wrapped_scorer_scores_requests_together_as_the_scorer_can() -> None:
+    calibrator, answer = Calibrator(**PLATT), Scores((0.3, 0.9), (True, False))
+    assert not hasattr(calibrator.wrap(Fixed(answer)), "score_many")
+    # A process of a cluster gets a copy.
+    wrapped = pickle.loads(pickle.dumps(calibrator.wrap(Many(answer))))
+    assert wrapped == calibrator.wrap(Many(answer))
+    asked = request("a", "b")
+    first, bad, last = wrapped.score_many(
+        [asked, replace(asked, query="bad"), asked], return_exceptions=True
+    )
+    assert first == last == calibrator.wrap(Fixed(answer)).score(asked)
+    assert isinstance(bad, InputError)
+
+
+def test_a_wrapped_scorer_is_let_go_with_its_wrapper() -> None:
+    scorer = Many(Scores((0.5,)))
+    there = weakref.ref(scorer)
+    wrapped = Calibrator(**PLATT).wrap(scorer)
+    gc.disable()
+    try:
+        del scorer, wrapped
+        assert there() is None
+    finally:
+        gc.enable()
 
 
 def test_a_wrong_number_of_scores_is_still_found() -> None:

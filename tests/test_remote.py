@@ -326,6 +326,30 @@ def test_bytes_count_with_the_query_for_each_document_and_a_giant_is_cut(serve, 
         scorer.score(ask(query="fish " * 2_000))
 
 
+@pytest.mark.parametrize("lane", ["text", "attributes"])
+@pytest.mark.parametrize(
+    "piece", ["\x01", '"', "\\", '\\u00"\x1f\n', "é\t", "\U0001f6a2\b", "fish "]
+)
+def test_a_giant_is_cut_by_the_bytes_of_its_json(piece, lane, serve, connect) -> None:
+    server = serve("lanerank")
+    limits = Limits(documents=9, bytes=10_000)
+    contract = service_for("lanerank").model_copy(update={"limits": limits})
+    giants = [piece * 9_000, f"x{piece * 9_000}", f"xyz{piece * 9_000}"]
+    scorer = connect(server, service=contract)
+    giants = [piece * 9_000, f"x{piece * 9_000}", f"xyz{piece * 9_000}"]
+    hostile = [Candidate(**{"text": "fish", lane: giant}) for giant in giants]
+    request = RerankRequest(query="fish", candidates=(Candidate(text="a fish"), *hostile))
+    assert len(scorer.score(request).values) == 4
+    assert all(int(seen.headers["content-length"]) <= 10_000 for seen in server.seen)
+    plain, *parts = scorer._parts(request)
+    assert plain.cut == (False,)
+    for part, giant in zip(parts, giants, strict=True):
+        kept = part.documents[0][lane == "attributes"]
+        assert part.cut == (True,)
+        assert giant.startswith(kept)
+        assert len(json.dumps(kept, ensure_ascii=False).encode()) > 9_000
+
+
 def test_windows_are_refused_since_only_the_service_can_count_tokens(serve, connect) -> None:
     server = serve()
     reranker = Reranker(connect(server), long_documents="max_window")
@@ -372,6 +396,8 @@ def mode(request):
         [fail(503, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT")],
         [fail(503, Retry_After="soon")],
         [fail(503, Retry_After="nan")],
+        [fail(503, Retry_After="Mon, 01 Jan 99999999999 00:00:00 GMT")],
+        [fail(503, Retry_After="Mon, 01 Jan 2026 00:00:00 +99999999999999")],
         [fail(500), fail(502), fail(503)],
         [cut],
         [cut, fail(500), cut],
@@ -385,7 +411,7 @@ def test_what_may_pass_is_tried_again(steps, mode, serve, connect) -> None:
     assert len(server.seen) == len(steps) + 1
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 418, 422, 501])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 418, 422, 501])
 def test_what_will_not_pass_is_not(status, mode, serve, connect) -> None:
     server = serve()
     server.script.append(fail(status))
@@ -393,6 +419,39 @@ def test_what_will_not_pass_is_not(status, mode, serve, connect) -> None:
         mode(connect(server), ask())
     assert caught.value.status == status
     assert len(server.seen) == 1
+
+
+def test_a_request_that_is_too_large_for_the_server_is_halved(mode, serve, connect) -> None:
+    server = serve()
+
+    def at_most_two(handler, answer) -> None:
+        step = fail(413) if len(answer["results"]) > 2 else change(lambda found: found)
+        step(handler, answer)
+
+    server.script += [at_most_two] * 99
+    server.scores = lambda query, instruction, document: int(document[1:4]) / 100
+    limits = Limits(documents=7, bytes=10_000)
+    contract = service_for("vllm").model_copy(update={"limits": limits})
+    words = [f"w{i:03}" for i in range(20)]
+    words[5] += "." * 20_000
+    told = []
+    request = ask(*words, progress=lambda done, total: told.append((done, total)))
+    scores = mode(connect(server, service=contract), request)
+    assert scores.values == tuple(i / 100 for i in range(20))
+    assert [i for i, cut in enumerate(scores.truncated) if cut] == [5]
+    assert told[-1] == (20, 20)
+    assert sorted(told) == told
+
+
+def test_a_single_document_that_is_too_large_for_the_server_is_an_error(
+    mode, serve, connect
+) -> None:
+    server = serve()
+    server.script += [fail(413)] * 9
+    with pytest.raises(RemoteError, match=r"status 413: .*something is wrong") as caught:
+        mode(connect(server), ask())
+    assert caught.value.status == 413
+    assert [len(seen.body["documents"]) for seen in server.seen] == [3, 1]
 
 
 @pytest.mark.parametrize("retries", [0, 1, 4])
@@ -487,6 +546,8 @@ BROKEN = {
         say(b"", 307, Location="http://127.0.0.1:1/elsewhere"),
         "status 307, sending to 'http://127.0.0.1:1/elsewhere', which is not followed",
     ),
+    "choices without an address": (say(b"", 300), "status 300: ''"),
+    "nothing new": (say(b"", 304), "status 304: ''"),
 }
 
 
@@ -666,6 +727,24 @@ def test_connections_close_with_their_event_loop(serve, connect) -> None:
         assert server.connections == count
 
 
+def test_an_event_loop_that_is_closed_is_not_kept(serve, connect) -> None:
+    server = serve()
+    scorer = connect(server)
+
+    async def open_beside() -> None:
+        await scorer.ascore(ask())
+        for _ in range(3):
+            await asyncio.to_thread(run, scorer.ascore(ask()))
+        await scorer.ascore(ask())
+
+    run(open_beside())
+    # The last one goes with the next; those of the three threads did not take that of the first.
+    assert len(scorer._transport._loops) == 2
+    assert server.connections == 4
+    run(scorer.ascore(ask()))
+    assert len(scorer._transport._loops) == 1
+
+
 # Processes
 
 
@@ -788,9 +867,10 @@ def cut_key(handler, answer) -> None:
         say(f"{'.' * 290}{KEY}".encode(), 401),
         say(json.dumps({"results": f"wrong key {KEY}"}).encode()),
         say(KEY.encode()),
+        say(f"{'.' * 180}{KEY}".encode()),
         cut_key,
     ],
-    ids=["cut", "slow", "500", "401", "401 cut", "results", "no JSON", "key cut"],
+    ids=["cut", "slow", "500", "401", "401 cut", "results", "no JSON", "no JSON cut", "key cut"],
 )
 def test_a_key_is_in_no_error_log_or_repr(step, mode, serve, connect, caplog) -> None:
     server = serve()
@@ -806,6 +886,11 @@ def test_a_key_is_in_no_error_log_or_repr(step, mode, serve, connect, caplog) ->
     assert KEY not in f"{scorer!r} {vars(scorer)} {vars(scorer._transport)} {Reranker(scorer)!r}"
     # It did get where it belongs.
     assert server.seen[0].headers["authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("key", ["x", "1", "0", "in", "results"])
+def test_a_key_that_is_part_of_an_answer_does_no_harm_to_it(key, mode, serve, connect) -> None:
+    assert mode(connect(serve(key=key), api_key=key), ask()).values == (1.0, 1.0, 0.0)
 
 
 def test_stamina_logs_neither_the_key_nor_the_texts(serve, connect, caplog) -> None:
@@ -1051,7 +1136,8 @@ def test_the_policy_wraps_any_scorer() -> None:
             raise ScorerError("out of order")
 
     wrapped = FallbackScorer(Broken())
-    assert isinstance(wrapped, AsyncScorer)
+    assert not isinstance(wrapped, AsyncScorer)
+    assert not hasattr(wrapped, "score_many")
     assert (wrapped.name, wrapped.supports_instructions) == ("overlap", True)
     for ranking in (
         Reranker(wrapped).rank("fish", FISH),
@@ -1059,6 +1145,30 @@ def test_the_policy_wraps_any_scorer() -> None:
     ):
         assert ranking.degraded == "out of order"
     assert run(Reranker(FallbackScorer(OverlapScorer())).arank("blue", FISH))[0].index == 1
+
+
+class Many(OverlapScorer):
+    """Scores several requests at a time; one for "poison" fails, or raises for all."""
+
+    def score(self, request: RerankRequest):
+        if request.query == "poison":
+            raise ScorerError("out of order")
+        return super().score(request)
+
+    def score_many(self, requests, *, return_exceptions=False):
+        if not return_exceptions:
+            return [self.score(request) for request in requests]
+        bad = ScorerError("out of order")
+        return [bad if each.query == "poison" else self.score(each) for each in requests]
+
+
+@pytest.mark.parametrize("options", [{}, {"return_exceptions": True}])
+def test_the_policy_keeps_requests_together_and_their_failures_apart(options) -> None:
+    good, bad = (ask(query=query) for query in ("fish", "poison"))
+    scored, kept, again = FallbackScorer(Many()).score_many([good, bad, good], **options)
+    assert scored == again == OverlapScorer().score(good)
+    assert kept.degraded == "out of order"
+    assert kept.values == (0.0,) * len(bad.candidates)
 
 
 def test_contract_objects_are_taken_as_they_are(serve, connect) -> None:

@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -28,8 +30,14 @@ from pydantic import (
 )
 from pydantic_core import from_json
 
-from lanerank.contracts import RerankRequest, Scorer, Scores, score_async
-from lanerank.errors import InputError, MissingExtraError, ModelLoadError, ScorerError
+from lanerank.contracts import AsyncScorer, RerankRequest, Scorer, Scores
+from lanerank.errors import (
+    InputError,
+    LanerankError,
+    MissingExtraError,
+    ModelLoadError,
+    ScorerError,
+)
 
 FloatArray = NDArray[np.float64]
 CalibrationMethod = Literal["temperature", "platt", "isotonic"]
@@ -254,13 +262,26 @@ class Calibrator(BaseModel):
             ) from error
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CalibratedScorer:
-    """A scorer whose scores go through a calibrator; as safe for threads as the scorer itself."""
+    """A scorer whose scores go through a calibrator; as safe for threads as the scorer itself.
+
+    It has `ascore` and `score_many` where the scorer has them, and only there, because whoever
+    calls it chooses between threads, batches and waiting by what is there.
+    """
 
     scorer: Scorer
     """What scores."""
     calibrator: Calibrator
+
+    def __post_init__(self) -> None:
+        """Take over what the scorer can do beyond `score`."""
+        # Not bound methods: in a cycle, a large model would stay until garbage is collected.
+        scorer, calibrator = self.scorer, self.calibrator
+        if isinstance(scorer, AsyncScorer):
+            object.__setattr__(self, "ascore", partial(_ascore, scorer, calibrator))
+        if hasattr(scorer, "score_many"):
+            object.__setattr__(self, "score_many", partial(_score_many, scorer, calibrator))
 
     @property
     def name(self) -> str:
@@ -278,23 +299,36 @@ class CalibratedScorer:
         Raises:
             ScorerError: The scorer gave something other than numbers in [0, 1].
         """
-        return self._calibrated(self.scorer.score(request))
+        return _calibrated(self.scorer, self.calibrator, self.scorer.score(request))
 
-    async def ascore(self, request: RerankRequest) -> Scores:
-        """`score`, awaited where the scorer can be awaited."""
-        return self._calibrated(await score_async(self.scorer, request))
 
-    def _calibrated(self, scores: Scores) -> Scores:
-        # What stands in for scores says nothing about relevance, and must go on doing so.
-        if scores.degraded is not None:
-            return scores
-        try:
-            values = self.calibrator.apply(scores.values)
-        except InputError as error:
-            raise ScorerError(
-                f"{self.scorer.name!r} cannot be calibrated: {error}; use it as it is"
-            ) from error
-        return replace(scores, values=tuple(values.tolist()))
+async def _ascore(scorer: AsyncScorer, calibrator: Calibrator, request: RerankRequest) -> Scores:
+    return _calibrated(scorer, calibrator, await scorer.ascore(request))
+
+
+def _score_many(
+    scorer: Any,  # noqa: ANN401 - a scorer with `score_many`
+    calibrator: Calibrator,
+    requests: Sequence[RerankRequest],
+    **options: bool,
+) -> list[Scores | LanerankError]:
+    return [
+        answer if isinstance(answer, LanerankError) else _calibrated(scorer, calibrator, answer)
+        for answer in scorer.score_many(requests, **options)
+    ]
+
+
+def _calibrated(scorer: Scorer, calibrator: Calibrator, scores: Scores) -> Scores:
+    # What stands in for scores says nothing about relevance, and must go on doing so.
+    if scores.degraded is not None:
+        return scores
+    try:
+        values = calibrator.apply(scores.values)
+    except InputError as error:
+        raise ScorerError(
+            f"{scorer.name!r} cannot be calibrated: {error}; use it as it is"
+        ) from error
+    return replace(scores, values=tuple(values.tolist()))
 
 
 def _in_unit_interval(name: str, values: ArrayLike) -> FloatArray:

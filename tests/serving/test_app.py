@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+import sys
 import tracemalloc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from lanerank.contracts import RerankRequest, Scores
 from lanerank.errors import InputError, InstructionNotSupportedError, ScorerError
 from lanerank.serving.app import create_app
 from lanerank.serving.guard import Refusal
+from lanerank.serving.schemas import ScoreBody
 from lanerank.serving.settings import ServerSettings
 from lanerank.testing import OverlapScorer, ScriptedScorer
 
@@ -194,6 +196,15 @@ def test_attributes_that_come_rendered_reach_the_model_as_they_are() -> None:
     assert [each.text for each in asked.candidates] == ["a", "b", "c"]
 
 
+def test_attributes_that_come_rendered_empty_hide_the_metadata_beside_any_document() -> None:
+    scorer = Watching()
+    hidden = {"text": "a", "attributes": "", "metadata": {"date": "2026"}}
+    for documents in ([hidden], [hidden, {"text": "b", "attributes": "x: 1"}]):
+        body = {"query": "q", "documents": documents, "attributes": ["date"]}
+        assert post(create_app(scorer), "/score", body).status_code == 200
+    assert [asked.candidates[0].attributes for asked in scorer.requests] == ["", ""]
+
+
 def test_metadata_is_never_an_instruction(app) -> None:
     keys = ("instruction", "rerank_instruction", "metadata")
     documents = ["blue fish", {"text": "grey fish", "metadata": dict.fromkeys(keys, "grey")}]
@@ -339,6 +350,23 @@ def test_a_number_too_large_for_a_float_is_refused(app) -> None:
     assert answer.status_code == 422
     assert problem(answer)["param"] == "documents.0.metadata"
     assert "too large" in str(problem(answer)["message"])
+
+
+def test_checking_metadata_takes_no_step_for_each_value() -> None:
+    """One body can hold millions of values, and all other requests wait meanwhile."""
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    body = {"query": "q", "documents": [{"text": "a", "metadata": {"x": [[1.5] * 100] * 100}}]}
+    sys.setprofile(count)
+    try:
+        ScoreBody.model_validate(body)
+    finally:
+        sys.setprofile(None)
+    assert calls < 100
 
 
 def test_a_whole_number_of_any_size_is_metadata(app) -> None:

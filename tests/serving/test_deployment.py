@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 import pytest
 from typer.testing import CliRunner
 
+from lanerank.calibration import Calibrator
 from lanerank.cli import app
 from lanerank.contracts import Candidate, RerankRequest, Scores
 from lanerank.errors import InputError, LanerankError, MissingExtraError, ModelError
+from lanerank.scoring.fallback import FallbackScorer
 from lanerank.serving.deployment import score_each
 from lanerank.testing import OverlapScorer, ScriptedScorer
 
@@ -45,6 +47,15 @@ class Fragile:
 def test_a_scorer_that_can_gets_all_requests_at_once() -> None:
     scorer = Fragile()
     assert score_each(scorer, [GOOD, GOOD]) == [Scores((1.0,))] * 2
+    assert scorer.together == [2]
+
+
+@pytest.mark.parametrize(
+    "wrap", [Calibrator(method="temperature", temperature=1.0, pairs=2).wrap, FallbackScorer]
+)
+def test_a_wrapped_scorer_gets_them_at_once_too(wrap) -> None:
+    scorer = Fragile()
+    assert score_each(wrap(scorer), [GOOD, GOOD]) == [wrap(OverlapScorer()).score(GOOD)] * 2
     assert scorer.together == [2]
 
 

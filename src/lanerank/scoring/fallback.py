@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
-from lanerank.contracts import RerankRequest, Scorer, Scores, score_async
-from lanerank.errors import ScorerError
+from lanerank.contracts import AsyncScorer, RerankRequest, Scorer, Scores
+from lanerank.errors import LanerankError, ScorerError
 
 OnError = Literal["raise", "input_order"]
 """What a failing scorer does to a ranking: raise, or keep the input's order and flag it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FallbackScorer:
     """Keeps documents in the order of the input where the scorer fails.
 
@@ -22,10 +24,21 @@ class FallbackScorer:
     Every score is then 0.0. Scores end up in metadata and JSON, which have no place for NaN; equal
     ones keep their order in whatever sorts by them later; and a document that nobody judged must
     not pass a threshold.
+
+    It has `ascore` and `score_many` where the scorer has them, and only there, because whoever
+    calls it chooses between threads, batches and waiting by what is there.
     """
 
     scorer: Scorer
     """What scores as long as it can."""
+
+    def __post_init__(self) -> None:
+        """Take over what the scorer can do beyond `score`."""
+        # Not bound methods: in a cycle, a large model would stay until garbage is collected.
+        if isinstance(self.scorer, AsyncScorer):
+            object.__setattr__(self, "ascore", partial(_ascore, self.scorer))
+        if hasattr(self.scorer, "score_many"):
+            object.__setattr__(self, "score_many", partial(_score_many, self.scorer))
 
     @property
     def name(self) -> str:
@@ -42,14 +55,32 @@ class FallbackScorer:
         try:
             return self.scorer.score(request)
         except ScorerError as error:
-            return self._degraded(request, error)
+            return _degraded(request, error)
 
-    async def ascore(self, request: RerankRequest) -> Scores:
-        """`score`, awaited where the scorer can be awaited."""
-        try:
-            return await score_async(self.scorer, request)
-        except ScorerError as error:
-            return self._degraded(request, error)
 
-    def _degraded(self, request: RerankRequest, error: ScorerError) -> Scores:
-        return Scores((0.0,) * len(request.candidates), degraded=str(error))
+async def _ascore(scorer: AsyncScorer, request: RerankRequest) -> Scores:
+    try:
+        return await scorer.ascore(request)
+    except ScorerError as error:
+        return _degraded(request, error)
+
+
+def _score_many(
+    scorer: Any,  # noqa: ANN401 - a scorer with `score_many`
+    requests: Sequence[RerankRequest],
+    **options: bool,
+) -> list[Scores | LanerankError]:
+    try:
+        answers = scorer.score_many(requests, **options)
+    except ScorerError:
+        # One of them may be at fault; the others are not to suffer for it.
+        alone = FallbackScorer(scorer)
+        return [alone.score(request) for request in requests]
+    return [
+        _degraded(request, answer) if isinstance(answer, ScorerError) else answer
+        for request, answer in zip(requests, answers, strict=True)
+    ]
+
+
+def _degraded(request: RerankRequest, error: ScorerError) -> Scores:
+    return Scores((0.0,) * len(request.candidates), degraded=str(error))

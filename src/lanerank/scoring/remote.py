@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from pydantic import SecretStr
 
 from lanerank.contracts import Candidate, RerankRequest, Scores
 from lanerank.display import one_line
-from lanerank.errors import InputError, InstructionNotSupportedError
+from lanerank.errors import InputError, InstructionNotSupportedError, RemoteError
 from lanerank.lanes import clean_text
 from lanerank.scoring.transport import Backoff, Transport, find_address, find_key
 from lanerank.service import (
@@ -34,6 +35,9 @@ from lanerank.template import PromptTemplate, contract_for, known_models, read_c
 _BACKOFF = Backoff()
 _PER_DOCUMENT = 200
 """Bytes that names, quotes and a service's own counting add to a document, at most."""
+
+_WHOLE = re.compile(r"(?:[^\\]++|\\u.{4}|\\[^u])*+")
+"""As much of a JSON string as does not end within an escape."""
 
 _PROBE = RerankRequest(
     query="bank",
@@ -140,10 +144,20 @@ class RemoteScorer:
         """
         parts = self._parts(request)
         tell = _teller(request)
+
+        def ask(part: _Part) -> Scores:
+            try:
+                return self._read(part, self._transport.post(part.body))
+            except RemoteError as error:
+                if not part.divides(error):
+                    raise
+            halves = self._halves(part)
+            return _whole(halves, [ask(half) for half in halves])
+
         answers = []
-        with closing(self._transport.post([part.body for part in parts])) as texts:
-            for part, text in zip(parts, texts, strict=True):
-                answers.append(self._read(part, text))
+        with closing(self._transport.map(ask, parts)) as given:
+            for part, answer in zip(parts, given, strict=True):
+                answers.append(answer)
                 tell(part.count)
         return _whole(parts, answers)
 
@@ -153,9 +167,16 @@ class RemoteScorer:
         tell = _teller(request)
 
         async def ask(part: _Part) -> Scores:
-            answer = self._read(part, await self._transport.apost(part.body))
-            tell(part.count)
-            return answer
+            try:
+                answer = self._read(part, await self._transport.apost(part.body))
+            except RemoteError as error:
+                if not part.divides(error):
+                    raise
+            else:
+                tell(part.count)
+                return answer
+            halves = self._halves(part)
+            return _whole(halves, [await ask(half) for half in halves])
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -252,19 +273,34 @@ class RemoteScorer:
         cut: list[bool] = []
         used = 0
         for candidate in request.candidates:
-            attributes = clean_text(candidate.attributes).strip()
-            whole = clean_text(candidate.text)
-            text = _beginning(whole, limits.bytes - fixed - _size(attributes))
+            whole = clean_text(candidate.text), clean_text(candidate.attributes).strip()
+            attributes = _beginning(whole[1], limits.bytes - fixed)
+            text = _beginning(whole[0], limits.bytes - fixed - _size(attributes))
             cost = fixed + _size(attributes) + _size(text)
             if documents and (len(documents) == limits.documents or used + cost > limits.bytes):
-                parts.append(_Part(self._body(trusted, documents), tuple(cut)))
+                parts.append(self._part(trusted, documents, cut))
                 documents, cut, used = [], [], 0
             documents.append((text, attributes))
-            cut.append(len(text) < len(whole))
+            cut.append(documents[-1] != whole)
             used += cost
         if documents:
-            parts.append(_Part(self._body(trusted, documents), tuple(cut)))
+            parts.append(self._part(trusted, documents, cut))
         return parts
+
+    def _part(
+        self,
+        trusted: RerankRequest,
+        documents: Sequence[tuple[str, str]],
+        cut: Sequence[bool],
+    ) -> _Part:
+        return _Part(trusted, tuple(documents), tuple(cut), self._body(trusted, documents))
+
+    def _halves(self, part: _Part) -> list[_Part]:
+        middle = part.count // 2
+        return [
+            self._part(part.trusted, part.documents[half], part.cut[half])
+            for half in (slice(middle), slice(middle, None))
+        ]
 
     def _body(self, trusted: RerankRequest, documents: Sequence[tuple[str, str]]) -> bytes:
         body = self.contract.body(
@@ -275,31 +311,47 @@ class RemoteScorer:
             template=self.template,
             long_documents=trusted.long_documents,
         )
-        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        return _json(body)
 
-    def _read(self, part: _Part, text: str) -> Scores:
-        try:
-            return self.contract.read(json.loads(text), part.count, scores=self.scores)
-        except json.JSONDecodeError as error:
-            problem = f"it is no JSON ({error})"
-        except (ValueError, RecursionError) as error:
-            problem = str(error)
+    def _read(self, part: _Part, answer: SecretStr) -> Scores:
+        found = self._scores(part, answer.get_secret_value())
+        if isinstance(found, Scores):
+            return found
+        # Read again, since a message quotes pieces, and half of a key would not be found in them.
+        text = self._transport.redacted(answer.get_secret_value())
+        problem = self._scores(part, text)
         raise self._transport.error(
             f"gave an answer that is not usable, {problem}; it begins {one_line(text, 200)!r}", 200
         )
+
+    def _scores(self, part: _Part, text: str) -> Scores | str:
+        """The scores of an answer, or what is wrong with it."""
+        try:
+            return self.contract.read(json.loads(text), part.count, scores=self.scores)
+        except json.JSONDecodeError as error:
+            return f"it is no JSON ({error})"
+        except (ValueError, RecursionError) as error:
+            return str(error)
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
     """One request to send."""
 
-    body: bytes
+    trusted: RerankRequest
+    """Where the query and the instruction come from."""
+    documents: tuple[tuple[str, str], ...]
     cut: tuple[bool, ...]
     """For each document, whether it was cut to fit."""
+    body: bytes
 
     @property
     def count(self) -> int:
         return len(self.cut)
+
+    def divides(self, error: RemoteError) -> bool:
+        """Whether halves may pass: a server's own limits can be lower than its contract's."""
+        return error.status == 413 and self.count > 1
 
 
 def _teller(request: RerankRequest) -> Callable[[int], None]:
@@ -325,13 +377,22 @@ def _whole(parts: Sequence[_Part], answers: Sequence[Scores]) -> Scores:
     return Scores(tuple(values), tuple(truncated) if any(truncated) else ())
 
 
+def _json(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
 def _size(text: str) -> int:
-    return len(text.encode())
+    """Bytes in the body, where a control character takes six and a quote two."""
+    return len(_json(text))
 
 
 def _beginning(text: str, room: int) -> str:
-    content = text.encode()
-    return text if len(content) <= room else content[: max(room, 0)].decode(errors="ignore")
+    content = _json(text)
+    if len(content) <= room:
+        return text
+    # Without the quotes.
+    kept = _WHOLE.findall(content[1 : max(room - 1, 1)].decode(errors="ignore"))[0]
+    return str(json.loads(f'"{kept}"'))
 
 
 def _service(service: str | Path | ServiceContract) -> ServiceContract:

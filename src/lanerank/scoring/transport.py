@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
 from queue import LifoQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import SecretStr
 
@@ -36,6 +36,9 @@ except ModuleNotFoundError as error:
     raise MissingExtraError(
         f"asking a service needs {error.name}; pip install 'lanerank[remote]'"
     ) from error
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 """What may pass by itself."""
@@ -61,7 +64,7 @@ class Backoff:
 
 
 class Transport:
-    """Posts JSON to one address and gives the answers as text.
+    """Posts JSON to one address and gives the answers as text, wrapped since it may hold the key.
 
     Connections are kept, and passed from thread to thread. Calls on an event loop have their own,
     which close with the loop. Copies and forked processes open their own.
@@ -124,29 +127,33 @@ class Transport:
         self.__dict__.update(state)
         self._start()
 
-    def post(self, bodies: Sequence[bytes]) -> Generator[str, None, None]:
-        """The answers in order, with several requests under way at a time.
+    def map(
+        self, ask: Callable[[Item], Result], items: Sequence[Item]
+    ) -> Generator[Result, None, None]:
+        """What `ask` gives for each item, in order, with several under way at a time.
 
-        Closing the generator, or a failure, keeps what has not begun from being sent.
+        Closing the generator, or a failure, keeps what has not begun from beginning.
+        """
+        # A single request needs no other thread.
+        yield from self._of_process().threads.map(ask, items) if len(items) > 1 else map(ask, items)
+
+    def post(self, body: bytes) -> SecretStr:
+        """The answer to one request.
 
         Raises:
-            RemoteError: A request failed for good.
+            RemoteError: The request failed for good.
         """
-        shared = self._of_process()
+        slots = self._of_process().slots
 
-        def ask(body: bytes) -> str:
-            def attempt() -> str:
-                with shared.slots.take() as client:
-                    answer = self._fetch(client, body)
-                return self._text(answer)
+        def ask() -> SecretStr:
+            with slots.take() as client:
+                answer = self._fetch(client, body)
+            return self._text(answer)
 
-            # Without arguments, since hooks of stamina may log them.
-            return stamina.RetryingCaller(**self._retrying())(self._wait, attempt)
+        # Without arguments, since hooks of stamina may log them.
+        return stamina.RetryingCaller(**self._retrying())(self._wait, ask)
 
-        # A single request needs no other thread.
-        yield from shared.threads.map(ask, bodies) if len(bodies) > 1 else map(ask, bodies)
-
-    async def apost(self, body: bytes) -> str:
+    async def apost(self, body: bytes) -> SecretStr:
         """The answer to one request, without a thread; cancelling it closes the connection.
 
         Raises:
@@ -154,7 +161,7 @@ class Transport:
         """
         own = await self._of_loop()
 
-        async def ask() -> str:
+        async def ask() -> SecretStr:
             async with own.slots:
                 return self._text(await self._afetch(own.client, body))
 
@@ -181,12 +188,16 @@ class Transport:
         """An error of this service, with the remedy for its kind."""
         name = self.contract.service
         return RemoteError(
-            self._redacted(f"the service {name!r} at {self.url} {problem}; {_remedy(status)}"),
+            self.redacted(f"the service {name!r} at {self.url} {problem}; {_remedy(status)}"),
             service=name,
             url=self.url,
             status=status,
             retry_after=retry_after,
         )
+
+    def redacted(self, text: str) -> str:
+        """A text without the key, which services have been seen to repeat."""
+        return text if self._key is None else text.replace(self._key.get_secret_value(), "[key]")
 
     # Attempts
 
@@ -217,22 +228,22 @@ class Transport:
             return answer
         raise self.error(problem)
 
-    def _text(self, answer: _Answer) -> str:
+    def _text(self, answer: _Answer) -> SecretStr:
         """The answer, if it is one."""
         status, headers = answer.response.status_code, answer.response.headers
-        text = self._redacted(b"".join(answer.pieces).decode("utf-8", "replace"))
         if not answer.response.is_success:
             asked = _retry_after(headers.get("retry-after"))
             told = "" if asked is None else f", asking to wait {asked:g} s"
-            if answer.response.is_redirect:
+            if answer.response.is_redirect and "location" in headers:
                 told = f", sending to {headers['location']!r}, which is not followed"
-            said = one_line(_said(text), 300)
+            # Before it is cut, since half of a key would not be found.
+            said = one_line(self.redacted(_said(answer.text)), 300)
             raise self.error(f"answered with the status {status}{told}: {said!r}", status, asked)
         if headers.get("content-encoding", "identity") != "identity":
             raise self.error("answered in a compressed form that was not asked for", status)
         if answer.too_large:
             raise self.error(f"gave an answer of more than {answer.limit} bytes", status)
-        return text
+        return SecretStr(answer.text)
 
     def _wait(self, error: Exception) -> bool | float:
         """Whether to ask again, or after how many seconds."""
@@ -258,10 +269,6 @@ class Transport:
         if isinstance(error, httpx.TimeoutException | TimeoutError):
             return f"did not answer within {self.timeout:g} s ({type(error).__name__})"
         return f"cannot be reached: {type(error).__name__}: {error}"
-
-    def _redacted(self, text: str) -> str:
-        """A text without the key, which services have been seen to repeat."""
-        return text if self._key is None else text.replace(self._key.get_secret_value(), "[key]")
 
     # Connections
 
@@ -299,6 +306,9 @@ class Transport:
             own = self._loops.get(loop)
             if own is not None:
                 return own
+            # The connections know their loop, so its end alone does not take them from here.
+            for ended in [known for known in self._loops if known.is_closed()]:
+                del self._loops[ended]
             client = httpx.AsyncClient(**self._options())
             own = _OfLoop(client, asyncio.Semaphore(self.concurrency), _until_closed(client))
             self._loops[loop] = own
@@ -384,6 +394,10 @@ class _Answer:
     @property
     def too_large(self) -> bool:
         return self._size > self.limit
+
+    @property
+    def text(self) -> str:
+        return b"".join(self.pieces).decode("utf-8", "replace")
 
     def read(self, end: float) -> None:
         """Read until the end, the limit, or the time `end` of the monotonic clock."""
@@ -507,7 +521,7 @@ def _retry_after(header: str | None) -> float | None:
     except ValueError:
         try:
             when = parsedate_to_datetime(header)
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
         seconds = (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
     return max(0.0, seconds) if math.isfinite(seconds) else None

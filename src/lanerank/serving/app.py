@@ -104,7 +104,7 @@ def create_app(
         _check_model(body.model, scorer.name)
         rendered = tuple(document.attributes for document in body.documents)
         reranker = Reranker(
-            _WithAttributes(scorer, rendered) if any(rendered) else scorer,
+            scorer if all(own is None for own in rendered) else _WithAttributes(scorer, rendered),
             long_documents=body.long_documents or settings.long_documents,
             on_unsupported=settings.on_unsupported,
         )

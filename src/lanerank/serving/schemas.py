@@ -7,8 +7,8 @@ has no number for is refused.
 from __future__ import annotations
 
 import datetime as dt
-import math
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -17,7 +17,6 @@ from pydantic import (
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
-    JsonValue,
     StrictBool,
     StrictInt,
     StrictStr,
@@ -36,14 +35,14 @@ _UNKNOWN = 10
 """How many fields that do not exist are told one by one."""
 
 
-def _finite(value: JsonValue) -> JsonValue:
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
     """Refuse what was too large for a float, however deep it is buried."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("a number is too large")
-    if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            _finite(inner)
-    return value
+    try:
+        # A loop over millions of values would hold up every other request for seconds.
+        json.dumps(values, allow_nan=False)
+    except ValueError:
+        raise ValueError("a number is too large") from None
+    return values
 
 
 def _day(value: object) -> object:
@@ -78,7 +77,8 @@ class WireDocument(_Closed):
     text: StrictStr
     id: StrictStr | None = None
     """The caller's identifier, handed back where documents are returned."""
-    metadata: Annotated[dict[str, JsonValue], AfterValidator(_finite)] = Field(default_factory=dict)
+    # Its values were read from JSON, and need no check that they are JSON.
+    metadata: Annotated[dict[str, Any], AfterValidator(_finite)] = Field(default_factory=dict)
     """Fields of the index. The model sees those that the request names as `attributes`; none is
     ever read as an instruction."""
     attributes: StrictStr | None = None
