@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -48,8 +49,9 @@ class RerankResult(TypedDict):
 
     index: int
     """Position in the list that the caller gave."""
-    relevance_score: float
-    """The model's score; in [0, 1] for the models lanerank ships."""
+    relevance_score: float | None
+    """The model's score, in [0, 1] for the models lanerank ships; `None`, and among the last, where
+    it gave no finite number."""
 
 
 class RerankInput(TypedDict):
@@ -122,7 +124,8 @@ class LanerankRerank(BaseDocumentCompressor):
     long_documents: LongDocuments | None = None
     """`"truncate"` or `"max_window"`; by default as the `Reranker` is set."""
     score_key: str = Field(default="relevance_score", min_length=1)
-    """Where the score goes in a document's metadata. It replaces what the document has there."""
+    """Where the score goes in a document's metadata. It replaces what the document has there, and
+    is `None` where the model gave no finite number; that document is then among the last."""
     report_instruction: bool = False
     """Whether each document's metadata says which instruction applied, as
     `rerank_instruction_source` and `rerank_instruction_fingerprint`, both `None` without one, and
@@ -158,7 +161,9 @@ class LanerankRerank(BaseDocumentCompressor):
         ranking, report = self._rank(query, items, resolved, top_n)
         if config := _parent_run(None):
             dispatch_custom_event(_EVENT, report, config=config)
-        return [{"index": result.index, "relevance_score": result.score} for result in ranking]
+        return [
+            {"index": result.index, "relevance_score": _finite(result.score)} for result in ranking
+        ]
 
     def compress_documents(
         self,
@@ -350,8 +355,13 @@ class LanerankRerank(BaseDocumentCompressor):
             metadata["rerank_instruction_fingerprint"] = ranking.instruction_fingerprint
             # Not the reason: it may quote a service, and metadata gets into prompts.
             metadata["rerank_degraded"] = ranking.degraded is not None
-        metadata[self.score_key] = result.score
+        metadata[self.score_key] = _finite(result.score)
         return document.model_copy(update={"metadata": metadata})
+
+
+def _finite(score: float) -> float | None:
+    """The score, or what JSON has instead of NaN."""
+    return score if math.isfinite(score) else None
 
 
 async def _load(model: ModelLike) -> Reranker:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +50,22 @@ def test_results_are_scored_copies_and_the_input_stays_as_it_was(make_compressor
     assert json.loads(json.dumps([document.metadata for document in found]))
     found[1].metadata["page"] = 4
     assert given == before
+
+
+async def test_where_the_model_gives_no_finite_number_the_score_is_none():
+    documents = [Document("a"), Document("b"), Document("c")]
+    scores = {"a": math.nan, "b": 0.5, "c": math.inf}
+    compressor = LanerankRerank(model=ScriptedScorer(scores), top_n=None)
+    for found in (
+        compressor.compress_documents(documents, "q"),
+        await compressor.acompress_documents(documents, "q"),
+    ):
+        assert [document.page_content for document in found] == ["b", "a", "c"]
+        metadata = [document.metadata for document in found]
+        assert [each["relevance_score"] for each in metadata] == [0.5, None, None]
+        json.dumps(metadata, allow_nan=False)
+    results = compressor.rerank(documents, "q")
+    assert [each["relevance_score"] for each in results] == [0.5, None, None]
 
 
 def test_a_document_cannot_claim_a_score_or_an_instruction(make_compressor: Make):
