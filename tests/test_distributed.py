@@ -16,6 +16,7 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from datetime import date, datetime
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -470,6 +471,23 @@ def test_bad_cells_of_parquet_go_to_the_side_file(tmp_path, out) -> None:
     assert (report.rows, report.bad_rows) == (5, 4)
 
 
+@pytest.mark.parametrize("use", [{"attributes": ["date"]}, {"id_column": "date"}])
+@pytest.mark.parametrize(
+    ("kind", "far"),
+    [(pa.timestamp("us"), 2**62), (pa.timestamp("ms"), 2**50), (pa.date32(), 2**30)],
+)
+def test_a_date_beyond_those_of_python_is_bad_alone(tmp_path, out, kind, far, use) -> None:
+    dates = pa.array([0, far, 1], pa.int32() if kind == pa.date32() else pa.int64()).cast(kind)
+    table = pa.table({"query": ["fish"] * 3, "document": FISH, "date": dates})
+    pq.write_table(table, tmp_path / "in.parquet")
+    options = {"form": "pairs", "keep_columns": [], "concurrency": 0, **use}
+    rank_dataset(tmp_path / "in.parquet", out, model=overlap, **options)
+    [bad] = bad_rows(out)
+    assert bad["row"] == 2
+    assert bad["reason"].startswith("column 'date': ")
+    assert len(read(out)) == 2
+
+
 @pytest.mark.parametrize(
     "change", [{"query": None}, {"query": " "}, {"document": None}, {"instruction": "x" * 30_000}]
 )
@@ -556,6 +574,20 @@ def test_a_model_that_breaks_its_contract_ends_the_run(lists, out) -> None:
     assert not list(out.glob("part-*"))
 
 
+@pytest.mark.parametrize("suffix", [".jsonl"])
+def test_an_error_derived_from_lanerank_s_keeps_its_name_and_its_kind(lists, out) -> None:
+    class QuotaError(ScorerError):
+        pass
+
+    @dataclass(frozen=True)
+    class Spent(OverlapScorer):
+        def score(self, request: RerankRequest) -> Scores:
+            raise QuotaError("used up")
+
+    with pytest.raises(ScorerError, match="QuotaError: used up"):
+        rank_dataset(lists, out, model=lambda: Reranker(Spent()), concurrency=0)
+
+
 def test_an_error_that_is_not_lanerank_s_is_not_swallowed(lists, out) -> None:
     @dataclass(frozen=True)
     class Broken(OverlapScorer):
@@ -566,10 +598,43 @@ def test_an_error_that_is_not_lanerank_s_is_not_swallowed(lists, out) -> None:
         rank_dataset(lists, out, model=lambda: Reranker(Broken()), concurrency=0)
 
 
-@pytest.mark.parametrize("model", [7, Reranker(OverlapScorer()), OverlapScorer()])
+class Maker:
+    def __call__(self) -> Reranker:
+        return overlap()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        7,
+        Reranker(OverlapScorer()),
+        OverlapScorer(),
+        Maker(),
+        partial(Maker()),
+        partial(print, [Maker()]),
+    ],
+)
 def test_a_model_that_workers_cannot_load_is_refused(lists, out, model) -> None:
     with pytest.raises(InputError, match="`model` must be"):
         rank_dataset(lists, out, model=model, concurrency=0)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl"])
+def test_arguments_of_the_function_tell_a_run_from_another(lists, out) -> None:
+    def made(name: str, key: str = "") -> Reranker:
+        return Reranker(OverlapScorer(name=name))
+
+    rank_dataset(lists, out, model=partial(made, "a", key="secret"), **SMALL)
+    manifest = (out / "_manifest.json").read_text()
+    assert "secret" not in manifest
+    assert " at 0x" not in manifest
+    assert (
+        rank_dataset(lists, out, model=partial(made, "a", key="secret"), **SMALL).resumed_shards
+        == 5
+    )
+    for other in (partial(made, "b", key="secret"), partial(made, "a"), partial(overlap)):
+        with pytest.raises(BulkError, match="holds a run that differs: `model"):
+            rank_dataset(lists, out, model=other, **SMALL)
 
 
 def test_a_function_that_makes_no_reranker_is_refused(lists, out) -> None:
@@ -604,6 +669,25 @@ def test_a_row_that_a_server_refuses_is_bad_and_a_server_that_is_gone_is_not(lis
         assert report.bad_rows == 1
     with pytest.raises(RemoteError):
         rank_dataset(lists, out, model=server.url, resume=False, **SMALL)
+
+
+@pytest.mark.parametrize("huge", [False, True])
+def test_pairs_that_are_too_many_for_a_server_are_sent_in_parts(tmp_path, out, huge) -> None:
+    @dataclass(frozen=True)
+    class Limited(OverlapScorer):
+        def score(self, request: RerankRequest) -> Scores:
+            texts = [candidate.text for candidate in request.candidates]
+            if len(texts) > 4 or "huge" in texts:
+                raise RemoteError("too large", status=413)
+            return super().score(request)
+
+    rows = [{"query": "fish", "document": f"fish {n}", "n": n} for n in range(9)]
+    if huge:
+        rows[5]["document"] = "huge"
+    source = write(tmp_path / "in.jsonl", rows)
+    rank_dataset(source, out, form="pairs", model=lambda: Reranker(Limited()), concurrency=0)
+    assert [row["n"] for row in read(out)] == [n for n in range(9) if not (huge and n == 5)]
+    assert [(bad["row"], bad["reason"]) for bad in bad_rows(out)] == [(6, "too large")] * huge
 
 
 # Interruption
@@ -668,6 +752,18 @@ def test_what_is_damaged_is_done_again(lists, out, damage) -> None:
         record.write_text(record.read_text()[:20])
     assert rank_dataset(lists, out, model=overlap, **SMALL).resumed_shards == 4
     assert contents(out) == before
+
+
+@pytest.mark.parametrize("suffix", [".jsonl"])
+def test_a_row_that_turns_out_well_leaves_the_side_file(lists, out) -> None:
+    scores = {text: math.nan for text in (*FISH, *(f"document {n}" for n in range(10)))}
+    options = {"model": lambda: Reranker(ScriptedScorer(scores)), "concurrency": 0}
+    assert rank_dataset(lists, out, **options).bad_rows == 10
+    (out / "part-000000.jsonl").unlink()
+    scores.update(dict.fromkeys(scores, 0.5))
+    report = rank_dataset(lists, out, **options)
+    assert (report.ranked_rows, report.bad_rows) == (10, 0)
+    assert bad_rows(out) == []
 
 
 @pytest.mark.parametrize(
@@ -761,11 +857,51 @@ def test_starting_afresh_with_a_mistake_deletes_nothing(lists, out) -> None:
 
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_folder_of_something_else_is_left_alone(lists, out, resume) -> None:
-    out.mkdir()
-    (out / "part-000000.parquet").write_text("mine")
-    with pytest.raises(BulkError, match=r"holds 'part-000000.parquet' and no manifest"):
+    mine = {"part-000000.parquet", "login.attempts", "deep/.draft.tmp", "_shards/1.attempts"}
+    for name in mine:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    with pytest.raises(BulkError, match="holds '_shards' and no manifest"):
         rank_dataset(lists, out, model=overlap, resume=resume, **SMALL)
-    assert (out / "part-000000.parquet").read_text() == "mine"
+    assert {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} == mine
+
+
+@pytest.mark.parametrize("suffix", [".jsonl"])
+def test_what_killed_workers_left_is_cleaned_up_and_nothing_else(lists, out) -> None:
+    rank_dataset(lists, out, model=overlap, **SMALL)
+    draft = f"{'0a' * 16}.tmp"
+    left = [
+        f".part-000000.jsonl.{draft}",
+        f"._manifest.json.{draft}",
+        f"_shards/.000000.json.{draft}",
+        "_shards/000000.attempts",
+        f"_bad_rows/.part-000000.jsonl.{draft}",
+    ]
+    mine = ["login.attempts", ".draft.tmp", f".notes.{draft}", f"deep/.part-000000.jsonl.{draft}"]
+    (out / "deep").mkdir()
+    for name in left + mine:
+        (out / name).write_text("x")
+    rank_dataset(lists, out, model=overlap, **SMALL)
+    assert [name for name in left + mine if (out / name).exists()] == mine
+
+
+@pytest.mark.parametrize("suffix", [".jsonl"])
+@pytest.mark.parametrize("fails", ["mkdir", "replace"])
+def test_a_run_that_ended_as_it_began_begins_again(lists, out, monkeypatch, fails) -> None:
+    real = getattr(Path, fails)
+
+    def full(self: Path, *args: object, **options: object) -> object:
+        if self.name.startswith(("._manifest.json", "_shards")):
+            raise OSError(28, "No space left on device")
+        return real(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, fails, full)
+        with pytest.raises(OSError, match="No space left"):
+            rank_dataset(lists, out, model=overlap, **SMALL)
+    # Where the process was killed, a draft is left too.
+    (out / f"._manifest.json.{'0a' * 16}.tmp").write_text("{")
+    assert rank_dataset(lists, out, model=overlap, **SMALL).ranked_rows == 10
 
 
 def test_a_manifest_that_cannot_be_read_is_refused(lists, out) -> None:
@@ -777,9 +913,11 @@ def test_a_manifest_that_cannot_be_read_is_refused(lists, out) -> None:
 
 def test_a_part_that_nobody_wrote_is_found_out(lists, out, suffix) -> None:
     rank_dataset(lists, out, model=overlap, **SMALL)
-    (out / f"part-999999{suffix}").write_text("x")
-    with pytest.raises(BulkError, match=f"holds 'part-999999{suffix}'"):
-        rank_dataset(lists, out, model=overlap, **SMALL)
+    for name in (f"part-999999{suffix}", "_bad_rows/part-000000.jsonl"):
+        (out / name).write_text("x")
+        with pytest.raises(BulkError, match=f"holds '{name}'"):
+            rank_dataset(lists, out, model=overlap, **SMALL)
+        (out / name).unlink()
 
 
 def test_a_second_run_is_kept_out_while_the_first_is_under_way(lists, out) -> None:
@@ -882,6 +1020,38 @@ def test_output_does_not_become_input(tmp_path, suffix) -> None:
     with pytest.raises(InputError, match="is a file; pass a folder"):
         rank_dataset(source, file, model=overlap, concurrency=0)
     assert rank_dataset(file, source / "out", model=overlap, concurrency=0).rows == 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "refused"),
+    [
+        ("**/*", True),
+        ("[io]*/*.jsonl", True),
+        ("**/*.jsonl", True),
+        ("*/*.jsonl", True),
+        ("*/_bad*/*.jsonl", True),
+        ("*.jsonl", False),
+        ("i*/**/*.jsonl", False),
+        ("**/a*.jsonl", False),
+        ("**/deep/*.jsonl", False),
+    ],
+)
+def test_a_pattern_that_would_match_output_is_refused_at_once(
+    tmp_path, monkeypatch, pattern, refused
+) -> None:
+    for name in ("a", "in/a", "in/deep/a", "in/_bad/a"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / f"{name}.jsonl", [GOOD])
+    monkeypatch.chdir(tmp_path)
+    for where in (pattern, str(tmp_path / pattern)):
+        if refused:
+            with pytest.raises(InputError, match="overlap"):
+                rank_dataset(where, "out", model=overlap, concurrency=0)
+            assert not Path("out").exists()
+        else:
+            rows = rank_dataset(where, "out", model=overlap, concurrency=0).rows
+            assert rank_dataset(where, "out", model=overlap, concurrency=0).rows == rows
+            shutil.rmtree("out")
 
 
 @pytest.mark.parametrize(

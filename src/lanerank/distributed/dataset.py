@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -23,10 +25,11 @@ from lanerank.distributed.plan import (
     differences,
     digest,
     find_source,
+    reaches,
     refuse_url,
 )
 from lanerank.distributed.rows import Columns, Form
-from lanerank.distributed.store import ShardRecord, Store
+from lanerank.distributed.store import BAD_ROWS, ShardRecord, Store
 from lanerank.distributed.worker import Job, OnBadRow
 from lanerank.errors import BulkError, InputError
 from lanerank.instruction import Instruction, InstructionLike
@@ -103,8 +106,8 @@ def rank_dataset(
         destination: A folder for `part-*` files in the format of the input, with the new columns
             beside the old. Bad rows are in `_bad_rows`, with file, row and reason.
         model: As for `Reranker.from_pretrained`; the address of a server of lanerank's own; or a
-            function without arguments that makes the `Reranker`, called once in each worker. By
-            default the model in the package.
+            function without arguments (`functools.partial` gives it some) that makes the
+            `Reranker`, called once in each worker. By default the model in the package.
         revision: Branch, tag or commit on the hub. Give a commit: a branch may move during a run.
         form: `"lists"`, a row is a query and its list of documents, which are texts or structs
             with a `text` and optionally an `id` and `metadata`; or `"pairs"`, a row is a query and
@@ -232,12 +235,12 @@ def _open_run(store: Store, settings: Settings, found: Source, *, resume: bool) 
                 f"{str(store.folder)!r} holds a run that differs: {shown}. Call it as before to go "
                 "on, start afresh with `resume=False` (`--restart`), or choose another folder"
             )
-        return manifest
-    # Before anything is deleted, since the columns may be wrong.
-    shards = found.shards(settings.columns, settings.rows_per_shard)
-    if manifest is not None:
-        store.clear()
-    manifest = Manifest(settings=settings, files=found.files, shards=shards)
+    else:
+        # Before anything is deleted, since the columns may be wrong.
+        shards = found.shards(settings.columns, settings.rows_per_shard)
+        if manifest is not None:
+            store.clear()
+        manifest = Manifest(settings=settings, files=found.files, shards=shards)
     store.begin(manifest)
     return manifest
 
@@ -290,7 +293,9 @@ def _folder(destination: str | Path, source: str | Path, found: Source) -> Path:
         raise InputError(f"`destination` {str(destination)!r} is a file; pass a folder")
     inputs = [found.base / file.name for file in found.files]
     within = Path(source).is_dir() and folder.is_relative_to(found.base)
-    if within or any(path.is_relative_to(folder) for path in inputs):
+    outputs = [folder / f"part-000000{inputs[0].suffix}", folder / BAD_ROWS / "part-000000.jsonl"]
+    again = any(reaches(source, path) for path in outputs)
+    if within or again or any(path.is_relative_to(folder) for path in inputs):
         raise InputError(
             f"`destination` {str(destination)!r} and `source` {str(source)!r} overlap: the output "
             "would be input the next time; choose a folder beside it"
@@ -353,7 +358,18 @@ def _identify(
             f"`model` must be a name, a folder, an address or a function that makes a `Reranker`, "
             f"got {model!r}; every worker loads its own"
         )
-    return f"{model.__module__}.{getattr(model, '__qualname__', repr(model))}", None, model
+    function, given = model, None
+    if isinstance(model, partial):
+        # Hashed, since there may be a key among them.
+        function, given = model.func, repr((model.args, sorted(model.keywords.items())))
+    if not hasattr(function, "__qualname__") or " at 0x" in (given or ""):
+        raise InputError(
+            "`model` must be a function, or a `functools.partial` of one with arguments such as "
+            "texts and numbers, so that another process can tell that it is the same and go on; "
+            f"got {function!r}"
+        )
+    name = f"{function.__module__}.{function.__qualname__}"
+    return name, given and hashlib.sha256(given.encode()).hexdigest()[:16], model
 
 
 def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:

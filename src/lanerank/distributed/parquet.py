@@ -165,7 +165,7 @@ def _python(column: pa.Array) -> list[Any]:
     """The values of a column; one that cannot be read spoils no other."""
     try:
         return list(column.to_pylist(maps_as_pydicts="strict"))
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         return [_python_value(value) for value in column]
 
 
@@ -174,7 +174,7 @@ def _python_value(value: pa.Scalar) -> Any:  # noqa: ANN401 - whatever the file 
         return value.as_py(maps_as_pydicts="strict")
     except UnicodeDecodeError as error:
         return _Unreadable(f"not UTF-8 ({error.reason})")
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
         return _Unreadable(str(error))
 
 

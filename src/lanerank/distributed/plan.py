@@ -11,7 +11,9 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +46,7 @@ class Settings(BaseModel):
     model: str
     """The name, the folder's name, the address, or where the function is that makes it."""
     model_digest: str | None = None
-    """Tells the contents of a folder from those of another; `None` where there is no folder."""
+    """Tells the contents of a folder, or the arguments of a `partial`, from others."""
     revision: str | None = None
     device: str = "auto"
     dtype: DtypeName = "auto"
@@ -148,6 +150,22 @@ def find_source(source: str | Path) -> Source:
         )
     files = tuple(describe(each, str(each.relative_to(base))) for each in found)
     return Source(base.resolve(), files)
+
+
+def reaches(pattern: str | Path, path: Path) -> bool:
+    """Whether a pattern matches a path, which need not be there yet."""
+    parts = Path(pattern).parts
+    fixed = list(takewhile(lambda part: not glob.has_magic(part), parts))
+    base = Path(*fixed).resolve()
+    return path.is_relative_to(base) and _matches(path.relative_to(base).parts, parts[len(fixed) :])
+
+
+def _matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not path
+    if pattern[0] == "**":
+        return any(_matches(path[n:], pattern[1:]) for n in range(len(path) + 1))
+    return bool(path) and fnmatch(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
 
 
 def format_of(path: Path) -> Format:

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from lanerank.context import Resolved, Source, resolve_instruction
@@ -30,7 +30,8 @@ from lanerank.instruction import Instruction
 from lanerank.reranker import Reranker
 
 _T = TypeVar("_T")
-_REFUSED = (400, 413, 422)
+_TOO_LARGE = 413
+_REFUSED = (400, _TOO_LARGE, 422)
 """What a service answers where the row is at fault and not the service."""
 
 
@@ -54,6 +55,14 @@ class _Call:
     instruction: Resolved
     documents: Any
     places: list[int] = field(default_factory=list)
+
+    def halves(self) -> list[_Call]:
+        """Two questions, each about half of the pairs."""
+        middle = len(self.places) // 2
+        return [
+            replace(self, documents=self.documents[half], places=self.places[half])
+            for half in (slice(middle), slice(middle, None))
+        ]
 
 
 class RowRanker:
@@ -108,10 +117,17 @@ class RowRanker:
                 self._add(calls, place, row)
             except (InputError, InstructionError) as error:
                 results[place] = str(error)
-        answers = self._run(self._ask(list(calls.values())))
-        for call, answer in zip(calls.values(), answers, strict=True):
-            for place, result in zip(call.places, self._results(call, answer), strict=True):
-                results[place] = result
+        todo = list(calls.values())
+        while todo:
+            asked, todo = todo, []
+            for call, answer in zip(asked, self._run(self._ask(asked)), strict=True):
+                too_large = isinstance(answer, RemoteError) and answer.status == _TOO_LARGE
+                if too_large and len(call.places) > 1:
+                    # Together they are too large, which need not be the fault of any.
+                    todo += call.halves()
+                    continue
+                for place, result in zip(call.places, self._results(call, answer), strict=True):
+                    results[place] = result
         return results
 
     def close(self) -> None:

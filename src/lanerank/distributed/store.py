@@ -16,7 +16,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -32,9 +32,14 @@ _MANIFEST = "_manifest.json"
 _RECORDS = "_shards"
 _LOCK = "_lock"
 _RUNNING = "_running.json"
-_PARTS = ("part-*.parquet", "part-*.jsonl")
-_DRAFTS = ".*.tmp"
-_ATTEMPTS = "*.attempts"
+_PARTS = ("part-*.parquet", "part-*.jsonl", f"{BAD_ROWS}/part-*.jsonl")
+_DRAFT = "[0-9a-f]" * 32 + ".tmp"
+_LEFTOVERS = (
+    *(f".{name}.{_DRAFT}" for name in (_MANIFEST, _RUNNING, "part-*")),
+    *(f"{folder}/.*.{_DRAFT}" for folder in (BAD_ROWS, _RECORDS)),
+    f"{_RECORDS}/*.attempts",
+)
+"""What processes leave that are killed, and nothing that might be somebody else's."""
 
 
 class ShardRecord(BaseModel):
@@ -77,19 +82,19 @@ class Store:
         ends; so there is no lock to be found that nobody holds.
 
         Raises:
-            BulkError: Another run holds it.
+            BulkError: Another run holds it, or the folder holds something else.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        # Before anything is written or deleted: a folder that is refused stays as it is.
+        self.manifest()
         running = self.folder / _RUNNING
         try:
             with FileLock(self.folder / _LOCK, timeout=0):
                 who = {"host": socket.gethostname(), "pid": os.getpid()}
                 with whole_file(running) as file:
                     file.write(json.dumps(who).encode())
-                # What workers left that were killed.
-                for pattern in (_DRAFTS, _ATTEMPTS):
-                    for path in self.folder.rglob(pattern):
-                        path.unlink(missing_ok=True)
+                for path in self._matching(_LEFTOVERS):
+                    path.unlink(missing_ok=True)
                 try:
                     yield
                 finally:
@@ -116,20 +121,21 @@ class Store:
                     f"{str(path)!r} is not a manifest that this version of lanerank reads "
                     f"({error.error_count()} problems); choose another folder, or delete this one"
                 ) from error
-        others = {each.name for each in self.folder.iterdir()} - {_LOCK, _RUNNING}
-        if others:
+        ours = {self.folder / _LOCK, self.folder / _RUNNING, *self._matching(_LEFTOVERS)}
+        if others := set(self.folder.iterdir()) - ours:
             raise BulkError(
-                f"`destination` {str(self.folder)!r} holds {sorted(others)[0]!r} and no manifest "
+                f"`destination` {str(self.folder)!r} holds {min(others).name!r} and no manifest "
                 "of a run; choose a new or an empty folder"
             )
         return None
 
     def begin(self, manifest: Manifest) -> None:
-        """Write the manifest of a new run into the folder."""
-        for name in (BAD_ROWS, _RECORDS):
-            (self.folder / name).mkdir(exist_ok=True)
+        """Write the manifest into the folder, and make the folders that workers write to."""
+        # In this order, and also where a run goes on: it may have ended between the two.
         with whole_file(self.folder / _MANIFEST) as file:
             file.write(manifest.model_dump_json(indent=1).encode())
+        for name in (BAD_ROWS, _RECORDS):
+            (self.folder / name).mkdir(exist_ok=True)
 
     def clear(self) -> None:
         """Delete what a run has written, and nothing else; the manifest last."""
@@ -171,8 +177,11 @@ class Store:
         return self.folder / _RECORDS / f"{shard:06d}.attempts"
 
     def parts(self) -> set[str]:
-        """The names of the output files."""
-        return {path.name for pattern in _PARTS for path in self.folder.glob(pattern)}
+        """The names of the output files and the side files, relative to the folder."""
+        return {path.relative_to(self.folder).as_posix() for path in self._matching(_PARTS)}
+
+    def _matching(self, patterns: Sequence[str]) -> list[Path]:
+        return [path for pattern in patterns for path in self.folder.glob(pattern)]
 
 
 @contextmanager

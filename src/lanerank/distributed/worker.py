@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from lanerank import errors
 from lanerank.distributed.jsonl import json_line
 from lanerank.distributed.plan import InputFile, Settings, describe, format_of
 from lanerank.distributed.ranking import RankedRow, RowRanker
@@ -35,6 +36,14 @@ class Failure(BaseModel):
     message: str
     traceback: str = ""
     """Where it happened, if nobody foresaw it."""
+
+    @classmethod
+    def of(cls, error: LanerankError) -> Failure:
+        """An error as lanerank knows it; a class derived elsewhere is named in the message."""
+        kind = type(error)
+        known = next(each for each in kind.__mro__ if vars(errors).get(each.__name__) is each)
+        name = "" if kind is known else f"{kind.__name__}: "
+        return cls(error=known.__name__, message=f"{name}{error}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +76,7 @@ class ShardRanker:
         try:
             return self._store.record(number, self._job.run) or self._rank(number, shard)
         except LanerankError as error:
-            return Failure(error=type(error).__name__, message=str(error))
+            return Failure.of(error)
 
     def close(self) -> None:
         """Let go of what ranking holds open."""
@@ -142,10 +151,14 @@ class ShardRanker:
             if not self._store.holds(job.run):
                 raise BulkError(f"another run has taken {str(job.destination)!r}; this one ends")
         names = [output]
+        side = f"{BAD_ROWS}/part-{number:06d}.jsonl"
         if bad:
-            names.append(f"{BAD_ROWS}/part-{number:06d}.jsonl")
-            with whole_file(job.destination / names[1]) as side:
-                side.writelines(bad)
+            names.append(side)
+            with whole_file(job.destination / side) as out:
+                out.writelines(bad)
+        else:
+            # An earlier attempt may have found rows bad that are ranked now.
+            (job.destination / side).unlink(missing_ok=True)
         record = ShardRecord(
             shard=number,
             run=job.run,
