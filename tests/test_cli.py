@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import typer
@@ -19,6 +21,7 @@ from typer.testing import CliRunner
 import lanerank
 from lanerank import Reranker
 from lanerank.cli import app, main
+from lanerank.cli.outputs import new_files
 from lanerank.cli.ranking import print_ranking
 from lanerank.errors import InputError, RemoteError, ScorerError
 from lanerank.scoring.fallback import FallbackScorer
@@ -183,6 +186,16 @@ def test_documents_can_come_from_standard_input(arguments, ranked) -> None:
     assert sorted(entry["index"] for entry in strict_json(result.stdout)["results"]) == [0, 1, 2]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_documents_can_come_from_a_pipe_with_a_name(ranked, tmp_path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    # A daemon, because it waits until somebody reads.
+    threading.Thread(target=pipe.write_text, args=[JSONL], daemon=True).start()
+    result = ranked("-q", "red", "--json", pipe)
+    assert sorted(entry["index"] for entry in strict_json(result.stdout)["results"]) == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("content", "texts"),
     [
@@ -194,7 +207,8 @@ def test_documents_can_come_from_standard_input(arguments, ranked) -> None:
         (b"\xef\xbb\xbfone\ntwo", ["one", "two"]),
         (b'\xef\xbb\xbf{"text": "one"}\n', ["one"]),
         ('{"text": ""}\n{"text": "\\u0000"}', ["", "\0"]),
-        ("[1, 2]", ["[1, 2]"]),
+        ("[1] a note\n[1, 2]", ["[1] a note", "[1, 2]"]),
+        ('["a list", it says', ['["a list", it says']),
         ("x" * 1_100_000, ["x" * 1_100_000]),
     ],
 )
@@ -335,6 +349,11 @@ def test_a_ranking_without_scores_is_told_on_standard_error(as_json, capsys) -> 
         ('"a"\n["b"]', 2, "neither an object"),
         ('"a"\n7', 2, "neither an object"),
         ('"a"\nnull', 2, "neither an object"),
+        ('"a"\n{"text": "b", "metadata": "x"}', 2, "'metadata' must be an object, got 'x'"),
+        ('[{"text": "a"}]', 1, "a JSON array; give one object a line"),
+        ('\n["a", "b"]', 2, "a JSON array; give one object a line"),
+        ('[\n  {"text": "a"}\n]', 1, "a JSON array; give one object a line"),
+        ('[{"text": "a"},\n{"text": "b"}]', 1, "a JSON array; give one object a line"),
         (b"plain\n\xff\xfe", 2, "not UTF-8"),
         ("one".encode("utf-16"), 1, "not UTF-8"),
         (b'{"text": "\xe9"}', 1, "not UTF-8"),
@@ -354,12 +373,6 @@ def test_a_bad_line_of_standard_input_is_named(failing) -> None:
     assert code == 2
     assert errors[0].startswith("Error: <stdin>:2: not JSON")
     assert len(errors) == 1
-
-
-def test_metadata_that_is_no_mapping_is_named_by_its_document(failing, write) -> None:
-    code, errors = failing(write('"a"\n{"text": "b", "metadata": "x"}'))
-    assert (code, len(errors)) == (2, 1)
-    assert "`documents[1]['metadata']`" in errors[0]
 
 
 @pytest.mark.parametrize("file", ["no-such-file.jsonl", "."])
@@ -571,7 +584,6 @@ def test_a_calibrator_is_checked_and_saved(measured, tiny_model_folder, tmp_path
     [
         ("following", ("-c", "loud"), "`--condition` must be of withheld"),
         ("report", ("--part", "speed"), "`--part` must be of comparison"),
-        ("report", ("-o", "/no/such/folder/report.html"), "is in no folder that exists"),
         ("calibration", ("--check", "platt", "--save", "/no/such"), "is not a folder"),
         ("compare", ("--run", "a.run"), "give scenario files, or"),
         ("compare", ("--other-run", "b.run"), "`--other-run` compares finished runs"),
@@ -581,6 +593,91 @@ def test_a_calibrator_is_checked_and_saved(measured, tiny_model_folder, tmp_path
 def test_wrong_options_of_measuring_commands_are_named(command, options, message, measured) -> None:
     result = measured(command, *options)
     assert message in str(result.exception)
+
+
+OUTPUTS = [
+    *(
+        (command, "--json")
+        for command in ("evaluate", "following", "calibration", "injection", "compare", "check")
+    ),
+    *(("report", option) for option in ("--json", "--output")),
+    ("snapshot", "--output"),
+]
+
+
+@pytest.mark.parametrize(("command", "option"), OUTPUTS)
+def test_an_output_that_cannot_be_written_is_named_before_any_work(
+    command, option, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # The second is `check`'s file of cases; neither is read.
+    arguments = [command, "no-such.jsonl", *(["either.jsonl"] if command == "check" else [])]
+
+    def refused(path):
+        result = CliRunner().invoke(app, [*arguments, option, path], env=WIDE)
+        assert isinstance(result.exception, InputError)
+        assert result.stdout == ""
+        return str(result.exception)
+
+    assert refused("nowhere/out") == (
+        f"`{option}`: the output 'nowhere/out': there is no folder 'nowhere'; make it first"
+    )
+    assert refused(".") == f"`{option}`: the output '.' is a folder; give the name of a file"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "give another folder" in refused("out")
+
+
+def test_the_two_outputs_of_a_report_are_not_one_file(tmp_path) -> None:
+    (tmp_path / "sub").mkdir()
+    names = "-o", str(tmp_path / "a"), "--json", str(tmp_path / "sub" / ".." / "a")
+    result = CliRunner().invoke(app, ["report", "no-such.jsonl", *names])
+    assert "that of `--output` too" in str(result.exception)
+
+
+def test_an_output_is_whole_or_not_there(tmp_path) -> None:
+    kept, new = tmp_path / "kept", tmp_path / "new"
+    kept.write_text("years of work")
+
+    def fail_midway():
+        with new_files({"--output": kept, "--json": new}) as parts:
+            for part in parts:
+                part.write_text("half a p")
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        fail_midway()
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert kept.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_a_page_or_json_that_breaks_off_keeps_the_one_before(
+    command, measured, monkeypatch, tmp_path
+) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("years of work")
+    write_text = Path.write_text
+
+    def half(self, text, **options):
+        write_text(self, text[: len(text) // 2], **options)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    options = ("--json",) if command == "evaluate" else ("--part", "comparison", "-o")
+    assert "no space left" in str(measured(command, *options, kept).exception)
+    assert kept.read_text() == "years of work"
+
+
+def test_a_link_and_a_device_stay_what_they_are(measured, tmp_path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to(target)
+    null = tmp_path / "null"
+    null.symlink_to(os.devnull)
+    for path in (link, null):
+        assert measured("evaluate", "--json", path).exit_code == 0
+        assert path.is_symlink()
+    assert "ndcg_instructed" in target.read_text()
+    assert not Path(os.devnull).is_file()
 
 
 # As a program of its own

@@ -117,7 +117,7 @@ class TestOutputs:
         [
             ("nowhere/out.jsonl", "no folder 'nowhere'"),
             (".", "is a folder"),
-            ("out.csv", r"must end in \.jsonl"),
+            ("out.csv", r"must end in \.jsonl.*, got 'out\.csv'\n.*`OUT`"),
         ],
     )
     def test_an_output_that_cannot_be_written(self, run, scenario_file, tmp_path, name, problem):
@@ -192,6 +192,16 @@ class TestFromTriples:
         (tmp_path / "pairs.tsv").write_text("fish\ta red fish\t0.5\nfish\tsoup\t2\n")
         with pytest.raises(FileFormatError, match=r"pairs\.tsv:2: .*from 0\.0 to 1\.0"):
             run("from-triples", "pairs.tsv", "out.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [("from-triples", "empty.tsv"), ("from-scenarios", "empty.jsonl")]
+)
+def test_rows_are_not_made_of_nothing(run, tmp_path, command, name):
+    (tmp_path / name).write_text("\n")
+    with pytest.raises(InputError, match=f"`FILE` '{name}'.*give files with content"):
+        run(command, name, "out.jsonl")
+    assert left_behind(tmp_path) == {name}
 
 
 def row(query: str, document: str, score: float, instruction: str | None = None) -> Quadruple:
@@ -269,15 +279,21 @@ class TestSplit:
     @pytest.mark.parametrize(
         ("names", "problem"),
         [
-            (("a.jsonl", "a.jsonl"), "two outputs"),
-            (("a.jsonl", "b.csv"), r"must end in \.jsonl"),
-            (("a.jsonl", "b/dev.jsonl"), "no folder 'b'"),
+            (("a.jsonl", "a.jsonl"), "two outputs two names"),
+            (("a.jsonl", "folder/../a.jsonl"), "`--dev`.* is that of `--train` too"),
+            (("a.jsonl", "b.csv"), r"must end in \.jsonl.*, got 'b\.csv'\n.*`--dev`"),
+            (("a.jsonl", "b/dev.jsonl"), "`--dev`.* no folder 'b'"),
         ],
     )
     def test_both_files_are_written_or_none(self, run, quadruples, tmp_path, names, problem):
+        (tmp_path / "folder").mkdir()
         with pytest.raises(InputError, match=problem):
             run("split", quadruples, "--train", names[0], "--dev", names[1], "--share", 0.25)
-        assert left_behind(tmp_path) == {quadruples.name}
+        assert left_behind(tmp_path) == {quadruples.name, "folder"}
+
+    def test_a_format_is_refused_with_its_option_before_anything_is_read(self, run):
+        with pytest.raises(InputError, match=r"got 'a\.csv'\n.*`--train`"):
+            run("split", "no-such.jsonl", "--train", "a.csv", "--dev", "b.jsonl")
 
     def test_a_share_that_cannot_be_had_is_explained_in_the_words_of_the_command(self, run):
         same = [row(f"fish {number}", "one document", 1.0) for number in range(4)]

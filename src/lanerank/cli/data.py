@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +10,7 @@ import typer
 from rich.table import Table
 
 from lanerank.cli.console import JsonFlag, err, out, printable
+from lanerank.cli.outputs import OverwriteFlag, new_files
 from lanerank.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,9 +24,6 @@ data_app = typer.Typer(
 _STYLES = {"ok": "green", "hint": "cyan", "warning": "yellow", "error": "bold red"}
 _MESSAGE_WIDTH = 400
 
-OverwriteFlag = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an output that is there already.")
-]
 _Quadruples = Annotated[
     list[Path], typer.Argument(metavar="FILE", help="Quadruples: JSONL, JSONL.gz or Parquet.")
 ]
@@ -101,11 +96,12 @@ def from_scenarios(
     from lanerank import evaluation, training
 
     scores = _scores(score) or training.SCENARIO_SCORES
-    with new_files(output, overwrite=overwrite) as [file]:
+    with new_files({"OUT": output}, overwrite=overwrite, quadruples=True) as [part]:
         rows = training.quadruples_from_scenarios(
             evaluation.read_scenarios(files), scores=scores, source=source
         )
-        training.write_quadruples(file, rows)
+        _refuse_nothing(rows, files)
+        training.write_quadruples(part, rows)
     _tell(output, rows)
 
 
@@ -150,7 +146,7 @@ def from_trec(
     """
     from lanerank import evaluation, training
 
-    with new_files(output, overwrite=overwrite) as [file]:
+    with new_files({"OUT": output}, overwrite=overwrite, quadruples=True) as [part]:
         rows = training.quadruples_from_trec(
             topics=evaluation.read_topics(topics)
             if instruction_field is None
@@ -161,7 +157,7 @@ def from_trec(
             attributes=tuple(attribute or ()),
             source=source,
         )
-        training.write_quadruples(file, rows)
+        training.write_quadruples(part, rows)
     _tell(output, rows)
 
 
@@ -187,8 +183,9 @@ def from_triples(
     """
     from lanerank import training
 
-    with new_files(output, overwrite=overwrite) as [part]:
+    with new_files({"OUT": output}, overwrite=overwrite, quadruples=True) as [part]:
         rows = training.quadruples_from_triples(file, lowest=lowest, highest=highest, source=source)
+        _refuse_nothing(rows, [file])
         training.write_quadruples(part, rows)
     _tell(output, rows)
 
@@ -212,8 +209,9 @@ def split_data(
     from lanerank import training
     from lanerank.evaluation.measures import SEED
 
-    rows = training.read_quadruples(files)
-    with new_files(train, dev, overwrite=overwrite) as [train_file, dev_file]:
+    outputs = {"--train": train, "--dev": dev}
+    with new_files(outputs, overwrite=overwrite, quadruples=True) as [train_file, dev_file]:
+        rows = training.read_quadruples(files)
         try:
             parts = training.split(rows, dev=share, seed=SEED if seed is None else seed)
         except InputError as error:
@@ -249,59 +247,15 @@ def write_datasheet(
     from lanerank import training
 
     licences = dict(_assigned("--licence", each) for each in licence or ())
-    rows = training.read_quadruples(files)
-    page = training.datasheet(
-        rows,
-        title=output.stem if title is None else title,
-        licences=licences,
-        dev=training.read_quadruples(dev) if dev else None,
-    )
-    with new_files(output, overwrite=overwrite) as [file]:
-        file.write_text(page, encoding="utf-8")
-    err.print(f"Described in {printable(str(output), 200)}", highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def new_files(*paths: Path, overwrite: bool) -> Iterator[list[Path]]:
-    """Places to write files, which take their names when all of them are complete.
-
-    Args:
-        paths: The names. Nothing is there under them after an error that was not there before.
-        overwrite: Whether files of these names may be replaced.
-
-    Raises:
-        InputError: A name is given twice or taken, or its folder does not exist.
-    """
-    for path in paths:
-        check_output(path, overwrite=overwrite)
-    if len({path.absolute() for path in paths}) < len(paths):
-        raise InputError(f"{str(paths[0])!r} is given for two outputs; give each its own name")
-    with ExitStack() as stack:
-        parts = []
-        for path in paths:
-            # Beside the file, so that it can be renamed; under its own name, whose end is a format.
-            folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
-            parts.append(Path(stack.enter_context(folder)) / path.name)
-        yield parts
-        for part, path in zip(parts, paths, strict=True):
-            os.replace(part, path)
-
-
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """Refuse an output that cannot be written, before there is work to lose.
-
-    Raises:
-        InputError: The file is there, or its folder is not.
-    """
-    if path.is_dir():
-        raise InputError(f"the output {str(path)!r} is a folder; give the name of a file")
-    if path.exists() and not overwrite:
-        raise InputError(
-            f"the output {str(path)!r} is there already; give another name, or replace it with "
-            "--overwrite"
+    with new_files({"OUT.md": output}, overwrite=overwrite) as [part]:
+        page = training.datasheet(
+            training.read_quadruples(files),
+            title=output.stem if title is None else title,
+            licences=licences,
+            dev=training.read_quadruples(dev) if dev else None,
         )
-    if not path.parent.is_dir():
-        raise InputError(f"there is no folder {str(path.parent)!r} for the output; make it first")
+        part.write_text(page, encoding="utf-8")
+    err.print(f"Described in {printable(str(output), 200)}", highlight=False, soft_wrap=True)
 
 
 def _scores(given: Sequence[str] | None) -> Mapping[int, float] | None:
@@ -315,6 +269,12 @@ def _scores(given: Sequence[str] | None) -> Mapping[int, float] | None:
                 f"`--score` must be a grade and a number, such as 3=0.97, got {each!r}"
             ) from None
     return scores or None
+
+
+def _refuse_nothing(rows: Sequence[Quadruple], files: Sequence[Path]) -> None:
+    if not rows:
+        names = ", ".join(repr(str(file)) for file in files)
+        raise InputError(f"`FILE` {names}: nothing to make rows of; give files with content")
 
 
 def _assigned(option: str, text: str) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from lanerank.cli.console import (
     printable,
     progress_bar,
 )
+from lanerank.cli.outputs import check_output, check_outputs, new_files
 from lanerank.errors import InputError
 from lanerank.reranker import Reranker
 
@@ -32,7 +33,12 @@ if TYPE_CHECKING:
 ScenarioFiles = Annotated[list[Path], typer.Argument(help="Scenario files (JSONL, or .gz).")]
 JsonOption = Annotated[
     str | None,
-    typer.Option("--json", metavar="OUT", help="Write the report here; `-` prints it."),
+    typer.Option(
+        "--json",
+        metavar="OUT",
+        help="Write the report here; `-` prints it.",
+        callback=check_output,
+    ),
 ]
 
 
@@ -323,9 +329,9 @@ def compare(
 def report(
     *,
     files: ScenarioFiles,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path(
-        "lanerank-report.html"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The page to write.", callback=check_output)
+    ] = Path("lanerank-report.html"),
     model: ModelOption = None,
     device: DeviceOption = "auto",
     on_unsupported: UnsupportedOption = "raise",
@@ -352,8 +358,9 @@ def report(
                 f"`--part` must be of {', '.join(evaluation.REPORT_PARTS)}, got {unknown[0]!r}"
             )
         parts = tuple(name for name in evaluation.REPORT_PARTS if name in part)
-    if not output.parent.is_dir():
-        raise InputError(f"`--output` {str(output)!r} is in no folder that exists")
+    if json_to is not None:
+        # Each is in order alone; here the page could still be lost to the JSON.
+        check_outputs({"--output": output, "--json": Path(json_to)})
     scenarios = evaluation.read_scenarios(files)
     reranker = Reranker.from_pretrained(model, device=device, on_unsupported=on_unsupported)
     with progress_bar("Measuring", len(scenarios), at_least=0) as progress:
@@ -365,7 +372,8 @@ def report(
             sample=sample,
             progress=lambda name, done, total: progress(done, total, f"Measuring {name}"),
         )
-    output.write_text(found.to_html(), encoding="utf-8")
+    with new_files({"--output": output}) as [page]:
+        page.write_text(found.to_html(), encoding="utf-8")
     err.print(f"Page written to {escape(str(output))}")
     if json_to is not None:
         _write_json(found, json_to)
@@ -374,7 +382,9 @@ def report(
 def snapshot(
     *,
     files: Annotated[list[Path], typer.Argument(help="Files of cases or scenarios (JSONL).")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The snapshot to write.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The snapshot to write.", callback=check_output)
+    ],
     model: ModelOption = None,
     device: DeviceOption = "auto",
     on_unsupported: UnsupportedOption = "raise",
@@ -461,7 +471,8 @@ def _write_json(found: BaseModel, json_to: str) -> None:
     if json_to == STANDARD_STREAM:
         typer.echo(text)
         return
-    Path(json_to).write_text(text + "\n", encoding="utf-8")
+    with new_files({"--json": Path(json_to)}) as [file]:
+        file.write_text(text + "\n", encoding="utf-8")
     err.print(f"Report written to {escape(json_to)}")
 
 

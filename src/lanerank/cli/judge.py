@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from lanerank.cli.console import JsonFlag, err, out, print_json, printable, progress_bar
-from lanerank.cli.data import OverwriteFlag, check_output, new_files
+from lanerank.cli.outputs import OverwriteFlag, check_outputs, new_files
 from lanerank.errors import InputError
 
 if TYPE_CHECKING:
@@ -169,8 +169,7 @@ def judge(
 
     if not dry_run:
         # Before anybody is paid for answers.
-        check_output(output, overwrite=overwrite)
-        training.quadruple_format(output)
+        check_outputs({"OUT": output}, overwrite=overwrite, quadruples=True)
     field = training.read_entries(entries)
     pairs = training.plan_pairs(
         field,
@@ -217,7 +216,7 @@ def judge(
     except InputError as error:
         error.add_note(f"what the judges answered is kept in {str(panel.cache)!r}")
         raise
-    with new_files(output, overwrite=overwrite) as [file]:
+    with new_files({"OUT": output}, overwrite=overwrite) as [file]:
         training.write_quadruples(file, fitted.quadruples)
     warnings = [
         *found.warnings(),

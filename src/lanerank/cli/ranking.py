@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import reprlib
 import sys
 from collections.abc import Iterable, Iterator
 from datetime import date, datetime
@@ -131,7 +133,8 @@ def _read_documents(file: str) -> Iterator[str | dict[str, Any]]:
         yield from _parse_lines("<stdin>", sys.stdin.buffer)
         return
     path = Path(file)
-    if not path.is_file():
+    # Not `is_file`: a pipe, such as a shell puts in the place of <(command), can be read too.
+    if not path.exists() or path.is_dir():
         raise InputError(f"`FILE` {file!r} is not a file; pass a path, or `-` for standard input")
     with path.open("rb") as lines:
         yield from _parse_lines(file, lines)
@@ -148,6 +151,8 @@ def _parse_lines(name: str, lines: Iterable[bytes]) -> Iterator[str | dict[str, 
         if not line:
             continue
         if is_json is None:
+            if _begins_array(line):
+                raise FileFormatError(name, number, "a JSON array; give one object a line")
             is_json = line[0] in '{"'
         if not is_json:
             yield line
@@ -156,13 +161,32 @@ def _parse_lines(name: str, lines: Iterable[bytes]) -> Iterator[str | dict[str, 
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise FileFormatError(name, number, f"not JSON ({error}): {line[:60]!r}") from error
-        if isinstance(value, dict) and not isinstance(value.get("text"), str):
-            raise FileFormatError(
-                name, number, f"no 'text' that is a string; keys are {sorted(value)}"
-            )
-        if not isinstance(value, (dict, str)):
-            raise FileFormatError(name, number, "neither an object with a 'text' nor a string")
+        if problem := _problem(value):
+            raise FileFormatError(name, number, problem)
         yield value
+
+
+def _begins_array(line: str) -> bool:
+    """Whether this is a JSON array, or the first line of one that goes over several."""
+    if re.match(r'\[\s*(\{\s*"|$)', line):
+        return True
+    try:
+        return line[0] == "[" and isinstance(json.loads(line), list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _problem(value: object) -> str | None:
+    """What keeps the JSON of a line from being a document."""
+    if isinstance(value, str):
+        return None
+    if not isinstance(value, dict):
+        return "neither an object with a 'text' nor a string"
+    if not isinstance(value.get("text"), str):
+        return f"no 'text' that is a string; keys are {sorted(value)}"
+    if not isinstance(value.get("metadata") or {}, dict):
+        return f"'metadata' must be an object, got {reprlib.repr(value['metadata'])}"
+    return None
 
 
 def print_ranking(ranking: Ranking, *, as_json: bool) -> None:
