@@ -367,8 +367,12 @@ def test_training_and_inference_read_the_same(starts, configure, tmp_path) -> No
             metadata={"date": "2026-01-10", "secret": "x"},
             attributes=attributes,
         )
-        for instruction in ("prefer old document", None)
-        for text in ("red fish", "the team is hiring a coach for the olympiad " * 30)
+        for instruction in ("prefer the old red fish or coach", None)
+        for text in (
+            "red fish",
+            "marine: prefer the old red fish or coach",
+            "the team is hiring a coach for the olympiad " * 30,
+        )
         for attributes in ((), ("date",))
     ]
     [group] = make_groups(quadruples, min_gap=0.1)
@@ -638,6 +642,73 @@ def test_an_interrupted_run_goes_on_only_as_it_began(configure, data, tmp_path) 
     assert train(configure(steps=6, evaluate_every=2, calibrate="none")).steps == 6
 
 
+@pytest.mark.parametrize("left", ["", '{"global_step": 6, "log_his'])
+def test_a_checkpoint_that_was_not_written_to_its_end_is_not_resumed(left, configure) -> None:
+    options: dict[str, object] = {"steps": 8, "evaluate_every": 3, "groups_per_batch": 2}
+    whole, broken = configure(output="whole", **options), configure(output="broken", **options)
+    report = train(whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, progress=interrupt_at(7))
+    first, last = (broken.output / "checkpoints" / f"checkpoint-{step}" for step in (3, 6))
+
+    def cut(checkpoint: Path) -> None:
+        # `Trainer` writes the state last.
+        (checkpoint / "trainer_state.json").unlink()
+        if left:
+            (checkpoint / "trainer_state.json").write_text(left)
+
+    cut(last)
+    seen: list[int] = []
+
+    def note(done: int, total: int) -> None:
+        seen.append(done)
+        if done == 4:
+            assert (first.exists(), last.exists()) == (True, False)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, progress=note)
+    assert seen == [4]
+    assert train(broken).evaluations == report.evaluations
+    assert_same_weights(whole.output, broken.output)
+
+
+def test_a_run_without_a_complete_checkpoint_begins_again(configure) -> None:
+    whole, broken = (configure(output=name, steps=4, evaluate_every=2) for name in ("a", "b"))
+    report = train(whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, progress=interrupt_at(3))
+    (broken.output / "checkpoints" / "checkpoint-2" / "trainer_state.json").unlink()
+    seen: list[int] = []
+    assert train(broken, progress=lambda done, _: seen.append(done)).after == report.after
+    assert seen == [1, 2, 3, 4]
+    assert_same_weights(whole.output, broken.output)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"train": "broken"}, "broken.jsonl:1"),
+        ({"dev": "deaf"}, "differs between two instructions"),
+        ({"model": "/nowhere"}, "there is no folder '/nowhere'"),
+        ({"kind": "cross_encoder"}, "cannot be trained as a cross-encoder"),
+    ],
+)
+def test_a_restart_that_is_refused_deletes_nothing(changes, problem, configure, data) -> None:
+    (data / "broken.jsonl").write_text('{"query":\n')
+    plain = [row for row in task(HELD_OUT) if row.instruction is None]
+    write_quadruples(data / "deaf.jsonl", plain)
+    config = configure(steps=2)
+    train(config)
+    before = {path: path.read_bytes() for path in config.output.iterdir()}
+    for field in {"train", "dev"} & changes.keys():
+        changes = {field: (data / f"{changes[field]}.jsonl",)}
+    with pytest.raises((InputError, ModelLoadError), match=problem):
+        train(config.model_copy(update=changes), restart=True)
+    after = {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()}
+    assert after == before
+
+
 def test_a_folder_with_other_files_is_left_alone(configure) -> None:
     config = configure()
     config.output.mkdir()
@@ -683,7 +754,7 @@ def test_no_bar_is_drawn_and_the_callers_setting_comes_back(kind, shown, configu
 
 
 def test_pairs_are_those_whose_targets_differ() -> None:
-    [group] = make_groups(task(("fish",)), min_gap=0.1)
+    [group] = make_groups(task(("fish",)), min_gap=0.1, horizontal=True)
     shown = [(row.instruction, row.candidate.text, row.target) for row in group.rows]
     assert len(group.lists) == 4
     assert group.horizontal == ((0, 1), (2, 3))
@@ -695,6 +766,25 @@ def test_pairs_are_those_whose_targets_differ() -> None:
     assert {(shown[a][0], shown[b][0]) for a, b in group.consistency} == {("ignore the date", "")}
     [wide] = make_groups(task(("fish",)), min_gap=0.6)
     assert len(wide.vertical) == 2
+
+
+def test_documents_are_paired_only_for_the_loss_that_needs_it(configure, monkeypatch) -> None:
+    made: list[list[Group]] = []
+
+    def make(*args, **options) -> list[Group]:
+        made.append(make_groups(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr("lanerank.training.trainer.make_groups", make)
+    train(configure(steps=1, output="without"))
+    assert not any(group.horizontal for groups in made for group in groups)
+    made.clear()
+    report = train(configure(steps=1, losses={"horizontal": 1.0}))
+    assert report.terms["horizontal"] == 8
+    assert report.evaluations[-1].losses["horizontal"] > 0
+    development, trained_on = made
+    assert not any(group.horizontal for group in development)
+    assert all(group.horizontal for group in trained_on)
 
 
 def test_a_large_group_is_divided_by_documents() -> None:
@@ -871,6 +961,23 @@ def test_the_same_file_cannot_train_and_measure(tmp_path) -> None:
         read_config(write(tmp_path, GOOD.replace("../dev.jsonl", "./train.jsonl")))
 
 
+@pytest.mark.parametrize("start", ["out", "out/base", "link/base"])
+def test_the_start_is_not_where_a_run_deletes(start, tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    inside = GOOD.replace('"start"', f'"{start}"')
+    named = rf"`model` '\S+{start}' lies in `output` '\S+out'.*give another folder"
+    with pytest.raises(InputError, match=named):
+        read_config(write(tmp_path, inside))
+    causal = GOOD.replace("lane_encoder", "causal_lm") + f'contract = "{start}/lanerank.json"'
+    with pytest.raises(InputError, match=r"`contract` '\S+lanerank.json' lies in `output`"):
+        read_config(write(tmp_path, causal))
+    # A folder whose name only begins alike, and the model that is in none.
+    assert read_config(write(tmp_path, GOOD.replace('"start"', '"output"')))
+    embedded = GOOD.replace('"start"', '"lanerank-mini"').replace('"out"', '"."')
+    assert read_config(write(tmp_path, embedded))
+
+
 def test_rows_trained_on_cannot_measure(configure, data) -> None:
     leaky = data / "leaky.jsonl"
     write_quadruples(leaky, [*task(HELD_OUT), *task(TRAINED[:1])])
@@ -885,7 +992,8 @@ def test_development_data_must_give_what_selects(configure, data) -> None:
         train(configure(dev=[deaf]))
     plain = data / "no-neutral.jsonl"
     write_quadruples(plain, task(TRAINED, neutral=False))
-    report = train(configure(train=[plain], dev=[deaf], output="b", select_by="ndcg", steps=2))
+    # What was refused after measuring the start may be mended in the same folder.
+    report = train(configure(train=[plain], dev=[deaf], select_by="ndcg", steps=2))
     assert report.after.flip_accuracy is None
     assert report.not_calibrated is not None
     card = render_card(report)

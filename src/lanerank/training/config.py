@@ -236,6 +236,12 @@ class TrainingConfig(BaseModel):
             raise ValueError("`head_learning_rate`: LoRA trains no head; leave it out")
         if shared := sorted(set(map(str, self.train)) & set(map(str, self.dev))):
             raise ValueError(f"`dev` holds a file of `train`: {shared[0]!r}; give other queries")
+        for name, path in self._start.items():
+            if Path(path).resolve().is_relative_to(self.output.resolve()):
+                raise ValueError(
+                    f"`{name}` {path!r} lies in `output` {str(self.output)!r}, where a run "
+                    "overwrites and deletes files; give another folder as `output`"
+                )
         return self
 
     @property
@@ -251,6 +257,14 @@ class TrainingConfig(BaseModel):
         """The learning rates of the body and of the head."""
         body, head = _RATES[self.kind]
         return self.learning_rate or body, self.head_learning_rate or head
+
+    @property
+    def _start(self) -> dict[str, str]:
+        """The fields that name what is on disk to start from."""
+        paths = {} if self.model == EMBEDDED_MODEL else {"model": self.model}
+        if self.contract is not None and self.contract.endswith(".json"):
+            paths["contract"] = self.contract
+        return paths
 
     def relative_to(self, folder: Path) -> TrainingConfig:
         """The same with every path relative to a folder, as it can be published.
@@ -268,11 +282,8 @@ class TrainingConfig(BaseModel):
             "train": tuple(map(near, self.train)),
             "dev": tuple(map(near, self.dev)),
             "output": near(self.output),
+            **{name: str(near(path)) for name, path in self._start.items()},
         }
-        if self.model != EMBEDDED_MODEL:
-            changes["model"] = str(near(self.model))
-        if self.contract is not None and self.contract.endswith(".json"):
-            changes["contract"] = str(near(self.contract))
         if self.injection is not None:
             attacks = near(self.injection.attacks)
             changes["injection"] = self.injection.model_copy(update={"attacks": attacks})

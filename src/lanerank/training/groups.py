@@ -72,7 +72,12 @@ def make_row(quadruple: Quadruple) -> Row:
 
 
 def make_groups(
-    quadruples: Iterable[Quadruple], *, min_gap: float, documents: int | None = None, seed: int = 0
+    quadruples: Iterable[Quadruple],
+    *,
+    min_gap: float,
+    documents: int | None = None,
+    seed: int = 0,
+    horizontal: bool = False,
 ) -> list[Group]:
     """The groups of some quadruples, in the order in which their queries first occur.
 
@@ -82,11 +87,13 @@ def make_groups(
         documents: A group with more documents is divided into parts of about equal size, each with
             all the rows of its documents; by default none is.
         seed: Decides which documents stay together.
+        horizontal: Whether to pair documents under one instruction, which only the loss of that
+            name needs: there are as many pairs as the square of the documents.
     """
     groups = []
     for key, members in group_by_query(quadruples).items():
         for part in _parts(key, members, documents, seed):
-            groups.append(_group(key, part, min_gap))
+            groups.append(_group(key, part, min_gap, horizontal=horizontal))
     return groups
 
 
@@ -124,7 +131,7 @@ def _parts(
         yield [row for row in members if part_of[row.document_key] == part]
 
 
-def _group(key: str, members: Sequence[Quadruple], min_gap: float) -> Group:
+def _group(key: str, members: Sequence[Quadruple], min_gap: float, *, horizontal: bool) -> Group:
     rows = tuple(map(make_row, members))
     under: dict[str, list[int]] = {}
     of: dict[str, list[int]] = {}
@@ -142,7 +149,9 @@ def _group(key: str, members: Sequence[Quadruple], min_gap: float) -> Group:
         query_key=key,
         rows=rows,
         lists=tuple(tuple(places) for places in under.values() if len(places) > 1),
-        horizontal=tuple(pair for places in under.values() for pair in differing(places)),
+        horizontal=tuple(
+            pair for places in under.values() if horizontal for pair in differing(places)
+        ),
         vertical=tuple(
             (a, b)
             for places in of.values()

@@ -7,8 +7,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-
-from transformers.trainer_utils import get_last_checkpoint
+from typing import Any
 
 from lanerank.calibration import CALIBRATION_FILE
 from lanerank.errors import InputError
@@ -22,7 +21,7 @@ CHECKPOINTS = "checkpoints"
 
 _RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"
-"""Where a checkpoint of `Trainer` says how far it is."""
+"""Where a checkpoint of `Trainer` says how far it is; written last."""
 _WITHOUT_EFFECT = ("output", "calibrate", "card")
 """Fields that may change between an interrupted run and its continuation."""
 _WRITTEN = (
@@ -38,60 +37,94 @@ _WRITTEN = (
 )
 
 
-def prepare_folder(
-    config: TrainingConfig, data: Sequence[DataFile], *, restart: bool
-) -> str | None:
-    """Make the folder ready.
+def check_folder(config: TrainingConfig, data: Sequence[DataFile], *, restart: bool) -> Path | None:
+    """Whether a run may take the folder, in which nothing changes yet.
 
     Args:
         config: What is to be trained.
         data: The files to train and measure on.
-        restart: Delete what an earlier run left.
+        restart: Begin afresh, whatever an earlier run left.
 
     Returns:
-        The last checkpoint, where the same run was interrupted there.
+        The last complete checkpoint, where the same run was interrupted there.
 
     Raises:
         InputError: The folder holds something else.
     """
     output, checkpoints = config.output, config.output / CHECKPOINTS
-    record = checkpoints / _RUN_FILE
-    report = output / REPORT_FILE
+    record, report = checkpoints / _RUN_FILE, output / REPORT_FILE
     known = record.is_file() or _is_report(report)
-    if output.is_dir() and any(output.iterdir()) and not known:
+    if not known and any(not path.is_dir() for path in output.rglob("*")):
         raise InputError(
             f"`output` {str(output)!r} holds files that no training run wrote; give a new folder"
         )
     if restart:
-        _delete_run(output)
+        return None
     if report.is_file():
         raise InputError(
             f"`output` {str(output)!r} holds a model that is trained; give a new folder, or "
             "restart (`--restart`) to replace it"
         )
+    complete = {step: path for path, step in _steps(checkpoints).items() if step}
+    if not complete:
+        return None
+    before, run = json.loads(record.read_text(encoding="utf-8")), _run(config, data)
+    fields = run["config"]
+    changed = [name for name in fields if before["config"].get(name) != fields[name]]
+    changed += ["train` or `dev"] if before["data"] != run["data"] else []
+    if changed:
+        raise InputError(
+            f"`output` {str(output)!r} holds an interrupted run with another "
+            f"`{'`, `'.join(changed)}`; put that back, give a new folder, or restart "
+            "(`--restart`)"
+        )
+    return complete[max(complete)]
+
+
+def take_folder(
+    config: TrainingConfig, data: Sequence[DataFile], last: Path | None, *, restart: bool
+) -> None:
+    """Delete what the run does not go on from, and write down which run this is.
+
+    Args:
+        config: As for `check_folder`.
+        data: As for `check_folder`.
+        last: What `check_folder` returned.
+        restart: As for `check_folder`.
+    """
+    checkpoints = config.output / CHECKPOINTS
+    if restart:
+        _delete_run(config.output)
+    for path, step in _steps(checkpoints).items():
+        if step is None:
+            shutil.rmtree(path, ignore_errors=True)
+    if last is None:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(_run(config, data), indent=2)
+        (checkpoints / _RUN_FILE).write_text(f"{text}\n", encoding="utf-8")
+
+
+def _run(config: TrainingConfig, data: Sequence[DataFile]) -> dict[str, Any]:
+    """What a continuation must have in common with the run that it continues."""
     # Relative, so that a folder that was moved with its data goes on.
-    fields = config.relative_to(output.parent).model_dump(
+    fields = config.relative_to(config.output.parent).model_dump(
         mode="json", exclude={*_WITHOUT_EFFECT, "train", "dev"}
     )
     if config.injection is not None:
         # What is injected decides about the weights, not what the file is called.
         fields["injection"]["attacks"] = digest(config.injection.attacks, "injection.attacks")
-    run = {"config": fields, "data": [each.sha256 for each in data]}
-    last: str | None = get_last_checkpoint(str(checkpoints)) if record.is_file() else None
-    if last is not None:
-        before = json.loads(record.read_text(encoding="utf-8"))
-        changed = [name for name in fields if before["config"].get(name) != fields[name]]
-        changed += ["train` or `dev"] if before["data"] != run["data"] else []
-        if changed:
-            raise InputError(
-                f"`output` {str(output)!r} holds an interrupted run with another "
-                f"`{'`, `'.join(changed)}`; put that back, give a new folder, or restart "
-                "(`--restart`)"
-            )
-        return last
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-    return None
+    return {"config": fields, "data": [each.sha256 for each in data]}
+
+
+def _steps(checkpoints: Path) -> dict[Path, int | None]:
+    """The step of each checkpoint; none where the run was killed before it was complete."""
+    steps: dict[Path, int | None] = {}
+    for path in checkpoints.glob("checkpoint-*/"):
+        try:
+            steps[path] = json.loads((path / STATE_FILE).read_text("utf-8"))["global_step"]
+        except (FileNotFoundError, ValueError):
+            steps[path] = None
+    return steps
 
 
 def _delete_run(output: Path) -> None:

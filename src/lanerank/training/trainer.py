@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -58,10 +59,11 @@ from lanerank.training.report import REPORT_FILE, DataFile, Evaluation, Training
 from lanerank.training.run_folder import (
     CHECKPOINTS,
     STATE_FILE,
+    check_folder,
     delete_checkpoints,
     digest,
     is_over,
-    prepare_folder,
+    take_folder,
 )
 
 _KEPT_CHECKPOINTS = 2
@@ -207,7 +209,8 @@ def train(
 
     Args:
         config: From `read_config`.
-        restart: Delete what an earlier run left in the folder, and begin afresh.
+        restart: Begin afresh. What an earlier run left in the folder is deleted when data and
+            starting model have been read and checked.
         progress: Called after each step with the number done and the number in all.
         on_evaluation: Called with the step and its report; first with 0 and the starting model.
 
@@ -227,14 +230,15 @@ def train(
         for field, paths in (("train", config.train), ("dev", config.dev))
         for path in paths
     ]
-    last = prepare_folder(config, data, restart=restart)
+    last = check_folder(config, data, restart=restart)
     set_seed(config.seed)
     dev_rows = read_quadruples(config.dev)
     development = make_groups(dev_rows, min_gap=config.min_gap)
     groups, rows = _training_groups(config)
     _keep_apart(groups, development)
-    with _deterministic():
-        backend = load_backend(config, checkpoints)
+    # Outside the folder of the model, which a run takes only when all else is checked.
+    with TemporaryDirectory(ignore_cleanup_errors=True) as scratch, _deterministic():
+        backend = load_backend(config, Path(scratch))
         for group in (*groups, *development):
             _check_rows(backend, group)
         terms = count_terms(groups, config.loss_weights)
@@ -253,14 +257,15 @@ def train(
         )
         before = trainer.measure()
         selection(before, config)
+        take_folder(config, data, last, restart=restart)
         if on_evaluation is not None and last is None:
             on_evaluation(0, before)
-        if last is not None and is_over(Path(last)):
+        if last is not None and is_over(last):
             # Interrupted between the last step and the end, and Trainer would take one more.
-            state = TrainerState.load_from_json(str(Path(last) / STATE_FILE))
+            state = TrainerState.load_from_json(str(last / STATE_FILE))
             backend.restore(checkpoints / f"checkpoint-{state.best_global_step}")
         else:
-            trainer.train(resume_from_checkpoint=last)
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
             state = trainer.state
         nn.Module.eval(backend.model)
         backend.save(config.output, _contract_facts(config))
@@ -436,6 +441,7 @@ def _training_groups(config: TrainingConfig) -> tuple[list[Group], int]:
         min_gap=config.min_gap,
         documents=config.documents_per_group,
         seed=config.seed,
+        horizontal="horizontal" in config.loss_weights,
     )
     if config.injection is not None:
         suite = read_attacks(config.injection.attacks)
