@@ -42,10 +42,19 @@ class _Fold(dict[int, str]):
 _FOLD = _Fold()
 
 
-def is_marker(text: str) -> bool:
-    """Whether a text has a sign that can be taken from it, and no `-`, which signs become."""
-    folded = text.translate(_FOLD)
-    return "-" not in folded and not all(char.isalnum() or char.isspace() for char in folded)
+def check_markers(markers: tuple[str, ...]) -> None:
+    """Refuse what has no sign that could be taken from it, or has a `-`, which signs become.
+
+    Raises:
+        ValueError: One of the markers is no marker.
+    """
+    for marker in markers:
+        folded = marker.translate(_FOLD)
+        if "-" in folded or all(char.isalnum() or char.isspace() for char in folded):
+            raise ValueError(
+                f"`markers` cannot hold {marker!r}: each needs a sign, such as '<' or ':', and "
+                "none may have '-', which replaces the signs"
+            )
 
 
 def neutralise(text: str, markers: tuple[str, ...]) -> str:

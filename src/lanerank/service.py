@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from lanerank.contracts import LongDocuments, Scores
 from lanerank.errors import InputError, InstructionNotSupportedError, ModelLoadError
-from lanerank.markers import is_marker, neutralise
+from lanerank.markers import check_markers, neutralise
 from lanerank.template import Mapping01, PromptTemplate
 
 ScoreKind = Literal["unit", "logit", "raw"]
@@ -200,12 +200,7 @@ class ServiceContract(BaseModel):
     def _complete(self) -> Self:
         if not self.path.startswith("/"):
             raise ValueError("`path` begins with '/'")
-        for marker in self.markers:
-            if not is_marker(marker):
-                raise ValueError(
-                    f"`markers` cannot hold {marker!r}: each needs a sign, such as '<' or ':', and "
-                    "none may have '-', which replaces the signs"
-                )
+        check_markers(self.markers)
         return self
 
     def carries_instructions(self, template: PromptTemplate | None) -> bool:

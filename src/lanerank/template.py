@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lanerank.contracts import Lane
 from lanerank.errors import InputError, ModelLoadError
-from lanerank.markers import is_marker, neutralise
+from lanerank.markers import check_markers, neutralise
 
 LOCAL_CONTRACT = "lanerank.json"
 """The name of a contract that lies beside weights in a folder."""
@@ -200,12 +200,7 @@ class PromptTemplate(BaseModel):
             raise ValueError("a refused model needs a `reason`")
         if self.kind == "cross_encoder" and (self.segments or self.answers):
             raise ValueError("a cross-encoder has neither `segments` nor `answers`")
-        for marker in self.markers:
-            if not is_marker(marker):
-                raise ValueError(
-                    f"`markers` cannot hold {marker!r}: each needs a sign, such as '<' or ':', and "
-                    "none may have '-', which replaces the signs"
-                )
+        check_markers(self.markers)
         try:
             re.compile(self.ordinary_tokens)
         except re.error as error:
