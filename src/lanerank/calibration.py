@@ -30,7 +30,7 @@ from pydantic import (
 )
 from pydantic_core import from_json
 
-from lanerank.contracts import AsyncScorer, RerankRequest, Scorer, Scores
+from lanerank.contracts import AsyncScorer, ManyScorer, RerankRequest, Scorer, Scores
 from lanerank.errors import (
     InputError,
     LanerankError,
@@ -280,7 +280,7 @@ class CalibratedScorer:
         scorer, calibrator = self.scorer, self.calibrator
         if isinstance(scorer, AsyncScorer):
             object.__setattr__(self, "ascore", partial(_ascore, scorer, calibrator))
-        if hasattr(scorer, "score_many"):
+        if isinstance(scorer, ManyScorer):
             object.__setattr__(self, "score_many", partial(_score_many, scorer, calibrator))
 
     @property
@@ -307,14 +307,15 @@ async def _ascore(scorer: AsyncScorer, calibrator: Calibrator, request: RerankRe
 
 
 def _score_many(
-    scorer: Any,  # noqa: ANN401 - a scorer with `score_many`
+    scorer: ManyScorer,
     calibrator: Calibrator,
     requests: Sequence[RerankRequest],
-    **options: bool,
+    *,
+    return_exceptions: bool = False,
 ) -> list[Scores | LanerankError]:
     return [
         answer if isinstance(answer, LanerankError) else _calibrated(scorer, calibrator, answer)
-        for answer in scorer.score_many(requests, **options)
+        for answer in scorer.score_many(requests, return_exceptions=return_exceptions)
     ]
 
 

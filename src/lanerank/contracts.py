@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal, Protocol, overload, runtime_checkable
@@ -21,7 +21,7 @@ from lanerank.display import (
     one_line,
     table,
 )
-from lanerank.errors import InputError
+from lanerank.errors import InputError, LanerankError
 
 LongDocuments = Literal["truncate", "max_window"]
 """What happens to a document longer than the model reads: cut it, or score windows of it."""
@@ -135,6 +135,21 @@ class AsyncScorer(Scorer, Protocol):
 
     async def ascore(self, request: RerankRequest) -> Scores:
         """`score`, without blocking the event loop; cancelling it leaves nothing behind."""
+        ...
+
+
+@runtime_checkable
+class ManyScorer(Scorer, Protocol):
+    """A scorer that can put the candidates of several requests into one forward pass."""
+
+    def score_many(
+        self, requests: Sequence[RerankRequest], *, return_exceptions: bool = False
+    ) -> Sequence[Scores | LanerankError]:
+        """`score` for each request.
+
+        With `return_exceptions`, a request that cannot be scored has its error in the place of its
+        scores, and does not stop the others.
+        """
         ...
 
 

@@ -7,12 +7,13 @@ import math
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from lanerank.context import Resolved, Source, resolve_instruction
 from lanerank.contracts import (
     AsyncScorer,
     Document,
+    ManyScorer,
     RankedDocument,
     Ranking,
     RerankRequest,
@@ -211,13 +212,6 @@ class RowRanker:
         return {self._columns.prefix + name: value for name, value in values.items()}
 
 
-@runtime_checkable
-class _ManyScorer(Protocol):
-    """A scorer that can mix candidates of several requests in a forward pass."""
-
-    def score_many(self, requests: Sequence[RerankRequest]) -> Sequence[Scores]: ...
-
-
 class _Together:
     """A scorer that lets requests wait until they can be scored together."""
 
@@ -252,12 +246,8 @@ class _Together:
                 future.set_result(answer)
 
     def _score(self, requests: Sequence[RerankRequest]) -> Sequence[Scores | Exception]:
-        if isinstance(self._scorer, _ManyScorer):
-            try:
-                return self._scorer.score_many(requests)
-            except InputError:
-                # One of them is at fault; the others are not to suffer for it.
-                pass
+        if isinstance(self._scorer, ManyScorer):
+            return self._scorer.score_many(requests, return_exceptions=True)
         return [self._score_one(request) for request in requests]
 
     def _score_one(self, request: RerankRequest) -> Scores | Exception:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-from lanerank.contracts import AsyncScorer, RerankRequest, Scorer, Scores
+from lanerank.contracts import AsyncScorer, ManyScorer, RerankRequest, Scorer, Scores
 from lanerank.errors import LanerankError, ScorerError
 
 OnError = Literal["raise", "input_order"]
@@ -37,7 +37,7 @@ class FallbackScorer:
         # Not bound methods: in a cycle, a large model would stay until garbage is collected.
         if isinstance(self.scorer, AsyncScorer):
             object.__setattr__(self, "ascore", partial(_ascore, self.scorer))
-        if hasattr(self.scorer, "score_many"):
+        if isinstance(self.scorer, ManyScorer):
             object.__setattr__(self, "score_many", partial(_score_many, self.scorer))
 
     @property
@@ -66,12 +66,10 @@ async def _ascore(scorer: AsyncScorer, request: RerankRequest) -> Scores:
 
 
 def _score_many(
-    scorer: Any,  # noqa: ANN401 - a scorer with `score_many`
-    requests: Sequence[RerankRequest],
-    **options: bool,
+    scorer: ManyScorer, requests: Sequence[RerankRequest], *, return_exceptions: bool = False
 ) -> list[Scores | LanerankError]:
     try:
-        answers = scorer.score_many(requests, **options)
+        answers = scorer.score_many(requests, return_exceptions=return_exceptions)
     except ScorerError:
         # One of them may be at fault; the others are not to suffer for it.
         alone = FallbackScorer(scorer)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
@@ -23,7 +23,7 @@ from ray.serve.deployment import Application
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from lanerank.contracts import RerankRequest, Scorer, Scores
+from lanerank.contracts import ManyScorer, RerankRequest, Scorer, Scores
 from lanerank.errors import LanerankError, ModelError
 from lanerank.reranker import Reranker
 from lanerank.serving.app import create_app
@@ -40,17 +40,6 @@ _ATTEMPTS = 1
 again."""
 _SPARE = 64
 """Requests that are being read or answered, while others wait."""
-
-
-@runtime_checkable
-class ManyScorer(Scorer, Protocol):
-    """A scorer that can put the candidates of several requests into one forward pass."""
-
-    def score_many(
-        self, requests: Sequence[RerankRequest], *, return_exceptions: bool
-    ) -> Sequence[Scores | LanerankError]:
-        """As `score` for each; an error takes the place of the scores of a request."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
