@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
@@ -61,7 +62,8 @@ def request(texts, *, instruction="prefer marine", query="red fish", **options) 
 
 
 def tensors(states) -> list[torch.Tensor]:
-    return [*states.keys, *states.values, states.mask, states.total]
+    pooled = (states.total, states.exclusion, states.excluded)
+    return [*states.keys, *states.values, states.mask, *pooled, states.tokens]
 
 
 def clones(states) -> list[torch.Tensor]:
@@ -565,7 +567,7 @@ def test_without_an_instruction_nothing_that_training_adds_has_a_say(
     with torch.no_grad():
         for name, parameter in other.named_parameters():
             if name.rsplit(".", 1)[-1] in added or name.startswith(
-                ("head_", "lane_emb", "instr", "exclusion_", "strength_")
+                ("head_", "lane_emb", "instr", "exclusion_", "late_", "strength_")
             ):
                 parameter.add_(1.0)
         other.scale.add_(1.0)
@@ -647,6 +649,93 @@ def test_exclusions_are_those_of_each_instruction_alone(tiny_scorer) -> None:
     asked = [request(texts, instruction=instruction) for instruction in instructions]
     for scores, alone in zip(tiny_scorer.score_many(asked), asked, strict=True):
         assert scores.values == pytest.approx(tiny_scorer.score(alone).values, abs=CLOSE)
+
+
+# Late interaction: where in a candidate the tokens of the instruction are found
+
+
+def found_in(scorer, instruction: str, candidates, query="red fish") -> list[float]:
+    """How much of the instruction the model finds in each candidate."""
+    found = []
+
+    class Listening(LaneEncoder):
+        def read_candidates(self, *arguments):
+            found.append(super().read_candidates(*arguments)[1])
+            return super().read_candidates(*arguments)
+
+    model = copy.copy(scorer.model)
+    model.__class__ = Listening
+    alone = LaneEncoderScorer(model, scorer.lanes, dtype=torch.float32)
+    for candidate in candidates:
+        alone.score(request([candidate], instruction=instruction, query=query))
+    return [each.item() for each in found]
+
+
+@given(instruction=SHORT, candidate=CANDIDATES)
+def test_each_token_of_an_instruction_counts_where_it_is_found_best(
+    instruction, candidate, tiny_scorer
+) -> None:
+    [window], _ = tiny_scorer.lanes.candidate(
+        0, candidate, "truncate", tiny_scorer.lanes.echoes(instruction)
+    )
+    trusted = tiny_scorer.trusted_lanes(instruction, "red fish")
+    lane = trusted.instruction
+    read = hidden_states(tiny_scorer, window, trusted)[-1][0]
+    model = tiny_scorer.model
+    total = parts = 0.0
+    # Not the tokens that frame the lane.
+    for token, exclusion in list(zip(lane.tokens[0], lane.exclusion[0], strict=True))[1:-1]:
+        cosines = [torch.cosine_similarity(token, other, dim=0).item() for other in read]
+        importance = model.late_output(token).exp().item()
+        total += importance * (1 - exclusion.item()) * max(cosines)
+        parts += importance
+    [found] = found_in(tiny_scorer, instruction, [candidate])
+    assert found == pytest.approx(total / parts, abs=CLOSE)
+
+
+def test_what_an_instruction_excludes_is_not_looked_for(make_encoder, tiny_lanes) -> None:
+    model = make_encoder()
+    with torch.no_grad():
+        model.exclusion_output.weight.zero_()
+        model.exclusion_output.bias.fill_(1e4)
+    scorer = LaneEncoderScorer(model, tiny_lanes, dtype=torch.float32)
+    assert found_in(scorer, "no red fish", ["red fish", "a coach"]) == [0.0, 0.0]
+
+
+def test_padding_is_not_what_is_found(tiny_scorer) -> None:
+    trusted = tiny_scorer.trusted_lanes("prefer marine", "red fish")
+    [window], _ = tiny_scorer.lanes.candidate(0, Candidate(text=""), "truncate")
+    read = hidden_states(tiny_scorer, window, trusted)[-1][0]
+    first, second = torch.nn.functional.normalize(read)
+    # Nothing in the candidate is like the instruction, so that a zero would be the best.
+    opposite = torch.nn.functional.normalize(-first - second, dim=0)
+    tokens = opposite.expand_as(trusted.instruction.tokens)
+    lane = dataclasses.replace(trusted.instruction, tokens=tokens)
+    trusted = dataclasses.replace(trusted, instruction=lane)
+    found = []
+    for width in (0, 5):
+        ids = torch.tensor([[*window.document, *[0] * width]])
+        lanes = torch.full_like(ids, int(Lane.DOCUMENT))
+        with torch.no_grad():
+            found.append(tiny_scorer.model.read_candidates(ids, lanes, ids != 0, trusted)[1])
+    assert found[0] < 0
+    torch.testing.assert_close(found[0], found[1], atol=CLOSE, rtol=CLOSE)
+
+
+def test_a_candidate_gains_by_what_is_found_in_it(make_encoder) -> None:
+    model, instruction = make_encoder(), [2, 95, 96, 3]
+    with torch.no_grad():
+        model.strength_output.weight.zero_()
+        model.strength_output.bias.fill_(1e4)
+        logits = []
+        for weight, bias in ((0.0, 0.0), (2.0, 0.0), (2.0, 0.25)):
+            model.late_weight.fill_(weight)
+            model.late_bias.fill_(bias)
+            logits.append(instructed_logits(model, instruction))
+    gained = logits[1] - logits[0]
+    assert gained[0] != gained[1]
+    assert (gained / 2).abs().max() <= 1  # Twice a mean of cosines.
+    torch.testing.assert_close(logits[1] - logits[2], torch.full((2,), 0.5))
 
 
 # Echoes: what a document repeats of the instruction
@@ -806,8 +895,9 @@ def test_the_head_keeps_its_precision_when_the_encoder_is_cast(make_encoder) -> 
     model, cast = make_encoder(), make_encoder().cast_encoder(torch.bfloat16)
     assert cast.layers[0].qkv.weight.dtype is torch.bfloat16
     numbers = ("scale", "bias", "plain_scale", "plain_bias", "instruction_weight")
-    heads = ("head_hidden", "exclusion_output", "strength_hidden")
-    for name in (*numbers, "exclusion_weight", *(f"{head}.weight" for head in heads)):
+    numbers += ("exclusion_weight", "late_weight", "late_bias")
+    heads = ("head_hidden", "exclusion_output", "late_output", "strength_hidden")
+    for name in (*numbers, *(f"{head}.weight" for head in heads)):
         assert torch.equal(cast.get_parameter(name), model.get_parameter(name)), name
 
 

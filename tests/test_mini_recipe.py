@@ -64,7 +64,7 @@ def group(query):
 
 def master_weights(train, model):
     live = train.freeze_bi_encoder(model)
-    return train.MasterWeights(live, dict.fromkeys(live, 1e-2), weight_decay=0.1)
+    return train.MasterWeights(live, dict.fromkeys(live, "all"), weight_decay=0.1)
 
 
 def test_before_training_the_model_is_the_bi_encoder(train):
@@ -182,7 +182,7 @@ def test_a_checkpoint_restores_weights_and_optimiser(train, tmp_path):
 
     def step(weights, model):
         sum(p.square().sum() for p in model.parameters() if p.requires_grad).backward()
-        weights.step(1.0, 1.0)
+        weights.step({"all": 1e-2}, 1.0)
 
     step(weights, model)
     weights.save(tmp_path / "checkpoint.safetensors", 1)
@@ -211,6 +211,27 @@ def test_losses_are_least_where_the_targets_are_met(train):
     assert train.equality_loss(right, torch.tensor([[0, 1]])) > 1
 
 
+def test_late_interaction_has_to_rank_by_itself(train, collate):
+    model, batch = train.read_bi_encoder(train.minilm_folder()), collate([group("boats")])
+    out = train.outputs_of(model, batch)
+    n = len(DOCUMENTS)
+    assert out.late.isnan().tolist() == [True] * n + [False] * 2 * n
+
+    losses, counts = (
+        dict(zip(train.LOSSES, each, strict=True)) for each in train.losses_of_step(out, batch)
+    )
+    assert all(map(torch.isfinite, losses.values()))
+    # Of the pairs that count, one half has a side without an instruction.
+    assert counts["late_vertical"].item() == pytest.approx(0.9 + 0.5 + 0.98)
+    assert counts["vertical"] == 2 * counts["late_vertical"]
+    assert counts["late_listwise"] == 1
+
+    (losses["late_listwise"] + losses["late_vertical"]).backward()
+    trained = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert "layers.0.qkv.up" in trained
+    assert not any(name.startswith(("head_", "late_weight", "scale")) for name in trained)
+
+
 def test_training_leaves_the_bi_encoder_as_it_was(train, collate, tmp_path):
     folder = train.minilm_folder()
     model = train.read_bi_encoder(folder)
@@ -218,8 +239,8 @@ def test_training_leaves_the_bi_encoder_as_it_was(train, collate, tmp_path):
     batch = collate([group("boats")])
     for _ in range(5):
         train.pointwise_loss(train.outputs_of(model, batch).logits, batch.targets).backward()
-        weights.step(1.0, 1.0)
-    train.save_model(model, weights.master, folder, tmp_path)
+        weights.step({"all": 1e-2}, 1.0)
+    train.save_model(model, weights.master, {"pooled": 0.5, "late_bias": 0.1}, folder, tmp_path)
     start = train.read_bi_encoder(folder).state_dict()
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         kept = not train.is_instructed(name) or name.startswith("plain_")
@@ -241,6 +262,15 @@ def test_the_plain_score_is_the_line_that_fits_the_targets(train, collate):
     assert (errors * cosines[known]).mean().abs() < 1e-3
 
 
+def test_a_rate_holds_from_its_step_on(train):
+    assert [train.rate_at([[2, 1e-3], [4, 5e-4]], step) for step in range(6)] == [
+        *(0.0, 0.0),
+        *(1e-3, 1e-3),
+        *(5e-4, 5e-4),
+    ]
+    assert train.rate_at(2, 100) == 2.0
+
+
 def test_the_learning_rate_falls_to_zero_in_each_cycle(train):
     rates = [train.learning_rate_factor([10, 30], 2, step) for step in range(30)]
     assert rates[:2] == [0.5, 0.9]
@@ -260,15 +290,17 @@ def test_processes_share_the_groups_of_a_step_by_size(train):
 CONFIG = """
 seed = 3
 cycles = [2, 4]
-average = [0.25, 0.75]
+means = [[1.0], [0.25, 0.75]]
 warmup_steps = 1
-adapter_learning_rate = 1e-3
-gate_learning_rate = 1e-2
-learning_rate = 1e-3
 weight_decay = 0.01
 clip_norm = 1.0
 tokens_per_batch = 256
 save_every = 2
+[learning_rate]
+adapters = 1e-3
+gates = 1e-2
+head = [[0, 1e-3], [2, 5e-4]]
+others = 1e-3
 [mix]
 scenarios = 2
 [loss]
@@ -278,6 +310,11 @@ vertical = 0.7
 equality = 1.0
 exclusion = 0.5
 strength = 0.1
+late_listwise = 0.3
+late_vertical = [[2, 0.4]]
+[saved]
+pooled = 0.5
+late_bias = 0.25
 """
 
 
@@ -322,12 +359,16 @@ def test_an_interrupted_run_ends_as_the_whole_one_would(run, half, whole):
         assert torch.equal(tensor, resumed[name]), name
 
 
-def test_the_model_is_the_mean_of_the_ends_of_cycles(run, half, whole):
-    second = load_file(run.folder / "my whole run" / "step-4.safetensors")
-    for name in ("scale", "layers.0.qkv.up", "head_hidden.weight"):
-        mean = 0.25 * half[name].float() + 0.75 * second[name]
+def test_the_model_is_the_mean_of_the_ends_of_cycles(run, whole):
+    first, second = (
+        load_file(run.folder / "my whole run" / f"step-{n}.safetensors") for n in (2, 4)
+    )
+    for name, share in (("scale", 0.5), ("layers.0.qkv.up", 1.0), ("head_hidden.weight", 1.0)):
+        mean = share * (0.25 * first[name] + 0.75 * second[name])
         assert torch.allclose(whole[name].float(), mean, atol=2e-3, rtol=1e-3), name
-        assert not torch.allclose(whole[name].float(), second[name], atol=1e-6, rtol=1e-6), name
+        last = share * second[name]
+        assert not torch.allclose(whole[name].float(), last, atol=1e-6, rtol=1e-6), name
+    assert whole["late_bias"] == 0.25
 
 
 def test_the_number_of_processes_does_not_change_what_is_learned(run, whole, train):

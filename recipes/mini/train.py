@@ -55,7 +55,12 @@ POOLS = (
 )
 # Sources whose answers yes and no, or whose wordings, the labels of exclusion do not understand.
 WITHOUT_EXCLUSIONS = frozenset({"condaqa", "pubmedqa", "qulac"})
-LOSSES = ("pointwise", "listwise", "vertical", "equality", "exclusion", "strength")
+LOSSES = (
+    *("pointwise", "listwise", "vertical", "equality", "exclusion", "strength"),
+    *("late_listwise", "late_vertical"),
+)
+LATE_SCALE = 12.0
+"""Of late interaction, a mean of cosines, where it has to rank by itself."""
 log = logging.getLogger("train")
 
 
@@ -306,11 +311,13 @@ class Outputs:
     """Probabilities that tokens of instructions are excluded, and their labels."""
     strength: tuple[Tensor, Tensor]
     """Logits of the strengths of instructions, and their labels."""
+    late: Tensor
+    """`(pairs,)`: logits of late interaction alone, NaN where there is no instruction."""
 
 
 def outputs_of(model: LaneEncoder, batch: Batch) -> Outputs:
     """What the model says of a batch; the trusted lanes are computed once a request."""
-    logits, positions = [], []
+    logits, late, positions = [], [], []
     exclusion = strength = (torch.zeros(0), torch.zeros(0))
     for requests in batch.requests:
         instruction = None
@@ -326,8 +333,12 @@ def outputs_of(model: LaneEncoder, batch: Batch) -> Outputs:
             strength = model.strength(trusted), requests.strengths
         for position, ids, lanes, group in requests.passes:
             positions.append(position)
-            logits.append(model.score_candidates(ids, lanes, ids != 0, trusted, group))
-    return Outputs(torch.cat(logits)[torch.cat(positions).argsort()], exclusion, strength)
+            pooled, found = model.read_candidates(ids, lanes, ids != 0, trusted, group)
+            logits.append(model.head(pooled, found, trusted, group))
+            silent = torch.full_like(logits[-1], math.nan)
+            late.append(silent if found is None else LATE_SCALE * found)
+    order = torch.cat(positions).argsort()
+    return Outputs(torch.cat(logits)[order], exclusion, strength, torch.cat(late)[order])
 
 
 def pointwise_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -400,26 +411,48 @@ def losses_of(
     }
 
 
+def instructed_only(batch: Batch, late: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The lists and the vertical pairs of a batch that have late interaction throughout."""
+    known = ~late.isnan()
+    lists = [positions for positions in batch.lists if known[positions].all()]
+    return lists, batch.vertical[known[batch.vertical].all(1)]
+
+
 def losses_of_step(out: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
-    """All losses, in the order of `LOSSES`, and what each is a mean over."""
+    """All losses, in the order of `LOSSES`, and what each is a mean over.
+
+    The head could leave all work to the pooled lanes, which learn the training scenarios by heart
+    sooner; so late interaction has to rank by itself as well.
+    """
+    lists, pairs = instructed_only(batch, out.late)
+    late = out.late.nan_to_num()
     losses = {
         **losses_of(out.logits, batch.targets, batch.lists, batch.vertical, batch.equal),
+        "late_listwise": listwise_loss(late, batch.targets, lists),
+        "late_vertical": vertical_loss(late, batch.targets, pairs),
         "exclusion": exclusion_loss(*out.exclusion),
         "strength": strength_loss(*out.strength),
     }
     return torch.stack([losses[name] for name in LOSSES]), counts_of(batch, out)
 
 
+def _gaps(targets: Tensor, pairs: Tensor) -> Tensor:
+    return (targets[pairs[:, 0]] - targets[pairs[:, 1]]).abs()
+
+
 def counts_of(batch: Batch, out: Outputs) -> Tensor:
     """What each loss is a mean over: how many, or for pairs the sum of their weights."""
-    targets, pairs = batch.targets, batch.vertical
+    targets = batch.targets
+    lists, pairs = instructed_only(batch, out.late)
     counts: dict[str, Tensor | int] = {
         "pointwise": (~targets.isnan()).sum(),
         "listwise": len(_graded(targets, batch.lists)),
-        "vertical": (targets[pairs[:, 0]] - targets[pairs[:, 1]]).abs().sum(),
+        "vertical": _gaps(targets, batch.vertical).sum(),
         "equality": len(batch.equal),
         "exclusion": len(out.exclusion[1]),
         "strength": len(out.strength[1]),
+        "late_listwise": len(_graded(targets, lists)),
+        "late_vertical": _gaps(targets, pairs).sum(),
     }
     return torch.tensor([float(counts[name]) for name in LOSSES])
 
@@ -428,26 +461,28 @@ class MasterWeights:
     """AdamW on float32 copies of parameters, whatever the model computes in."""
 
     def __init__(
-        self, live: Mapping[str, Tensor], rates: Mapping[str, float], weight_decay: float
+        self, live: Mapping[str, Tensor], kinds: Mapping[str, str], weight_decay: float
     ) -> None:
-        """Take over the parameters of a model; `rates` has a learning rate for each name."""
+        """Take over the parameters of a model; `kinds` has for each name what has its rates."""
         self.live = live
         self.master = {n: p.detach().float().clone().requires_grad_() for n, p in live.items()}
         self.optimizer = torch.optim.AdamW(
             [
                 {
-                    "params": [p for n, p in self.master.items() if rates[n] == rate],
-                    "lr": rate,
-                    "rate": rate,
+                    "params": [p for n, p in self.master.items() if kinds[n] == kind],
+                    "kind": kind,
                     "weight_decay": weight_decay,
                 }
-                for rate in dict.fromkeys(rates.values())
+                for kind in dict.fromkeys(kinds.values())
             ],
             betas=(0.9, 0.98),
         )
 
-    def step(self, factor: float, clip_norm: float) -> float:
-        """One update from the model's gradients, all processes' together; returns their norm."""
+    def step(self, rates: Mapping[str, float], clip_norm: float) -> float:
+        """One update from the model's gradients, all processes' together; returns their norm.
+
+        `rates` has the learning rate of each kind of parameter.
+        """
         for name, live in self.live.items():
             gradient = torch.zeros_like(live) if live.grad is None else live.grad
             self.master[name].grad = gradient.float()
@@ -461,10 +496,17 @@ class MasterWeights:
                 gradient.copy_(part.view_as(gradient))
         norm = torch.nn.utils.clip_grad_norm_(self.master.values(), clip_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["rate"] * factor
+            group["lr"] = rates[group["kind"]]
         self.optimizer.step()
         self.write_back()
         return float(norm)
+
+    @torch.no_grad()
+    def replace(self, weights: Mapping[str, Tensor]) -> None:
+        """Go on from other weights, with the optimiser's state as it is."""
+        for name, p in self.master.items():
+            p.copy_(weights[name])
+        self.write_back()
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -497,43 +539,58 @@ class MasterWeights:
         return step
 
 
-def rate_of(name: str, config: Mapping[str, Any]) -> float:
-    """The learning rate of a parameter."""
+def kind_of(name: str) -> str:
+    """What the configuration has the learning rate of a parameter under."""
     if name.endswith((".down", ".up")):
-        return float(config["adapter_learning_rate"])
-    return float(config["gate_learning_rate" if name.endswith("_gate") else "learning_rate"])
+        return "adapters"
+    if name.endswith("_gate"):
+        return "gates"
+    return "head" if name.startswith("head_") else "others"
 
 
 @torch.no_grad()
-def save_model(trained: LaneEncoder, weights: Mapping[str, Tensor], start: Path, out: Path) -> None:
-    """Write the model in float16: the bi-encoder's weights, the plain score's and those given."""
+def save_model(
+    trained: LaneEncoder,
+    weights: Mapping[str, Tensor],
+    saved: Mapping[str, float],
+    start: Path,
+    out: Path,
+) -> None:
+    """Write the model in float16: the bi-encoder's weights, the plain score's and those given.
+
+    `saved` has the share that the logit of the pooled lanes keeps, and where late interaction
+    begins to count for a candidate.
+    """
     model = read_bi_encoder(start)
     plain = {n: p for n, p in trained.state_dict().items() if n.startswith("plain_")}
     model.load_state_dict(plain, strict=False)
     for name, tensor in weights.items():
         model.get_parameter(name).copy_(tensor)
+    for parameter in (model.scale, model.bias, *model.head_output.parameters()):
+        parameter.mul_(saved["pooled"])
+    model.late_bias.fill_(saved["late_bias"])
     torch.nn.Module.to(model, torch.float16).save_pretrained(out)
     (out / "tokenizer.json").write_bytes((start / "tokenizer.json").read_bytes())
 
 
-@torch.no_grad()
-def average(weights: Mapping[str, Tensor], cycles: Mapping[Path, float]) -> dict[str, Tensor]:
-    """The weighted mean of the weights at the ends of cycles; others where none has ended.
-
-    `cycles` has the file of each end, and its weight.
-    """
-    ends = {path: weight for path, weight in cycles.items() if path.exists()}
-    if not ends:
-        return dict(weights)
-    mean = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-    for path, weight in ends.items():
-        for name, tensor in load_file(path).items():
-            mean[name] += tensor * (weight / sum(ends.values()))
-    return mean
+def mean_of_ends(ends: Sequence[Path], shares: Sequence[float]) -> dict[str, Tensor]:
+    """The mean of the weights in files, each with its share."""
+    files = [load_file(path) for path in ends]
+    mean = torch.tensor(shares) / sum(shares)
+    return {
+        name: torch.tensordot(mean, torch.stack([file[name] for file in files]), 1)
+        for name in files[0]
+    }
 
 
 Rate = float | list[tuple[int, float]]
-"""Groups a step; or pairs of a step and the rate from there on, the first rate before being 0."""
+"""A number; or pairs of a step and the number from there on, which is 0 before the first."""
+
+
+def rate_at(rate: Rate, step: int) -> float:
+    """The number at a step."""
+    pairs = rate if isinstance(rate, list) else [(0, rate)]
+    return next((float(each) for start, each in reversed(pairs) if start <= step), 0.0)
 
 
 def drawn_before(rate: Rate, step: int) -> int:
@@ -627,7 +684,6 @@ def train(process: int, arguments: argparse.Namespace, config: Mapping[str, Any]
     )
     disable_progress_bar()
     processes, cycles = arguments.processes, config["cycles"]
-    loss_weights = torch.tensor([float(config["loss"][name]) for name in LOSSES])
     steps, seed = min(arguments.steps or cycles[-1], cycles[-1]), config["seed"]
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     store = FileStore(str(arguments.out / "meeting"), processes)
@@ -638,8 +694,7 @@ def train(process: int, arguments: argparse.Namespace, config: Mapping[str, Any]
     model = read_bi_encoder(folder)
     model.load_state_dict(load_file(arguments.out / "plain.safetensors"), strict=False)
     live = freeze_bi_encoder(model)
-    rates = {name: rate_of(name, config) for name in live}
-    weights = MasterWeights(live, rates, config["weight_decay"])
+    weights = MasterWeights(live, {name: kind_of(name) for name in live}, config["weight_decay"])
     model.cast_encoder(dtype)
     lanes = LaneTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")))
     collate = Collator(lanes, config["tokens_per_batch"])
@@ -647,7 +702,7 @@ def train(process: int, arguments: argparse.Namespace, config: Mapping[str, Any]
     log.info("%s, %s", dtype, {name: len(groups) for name, groups in pools.items()})
 
     checkpoint = arguments.out / "checkpoint.safetensors"
-    ends = {step: arguments.out / f"step-{step}.safetensors" for step in cycles}
+    ends = [arguments.out / f"step-{step}.safetensors" for step in cycles]
     first = weights.load(checkpoint) if checkpoint.exists() else 0
     started, seen = time.monotonic(), 0
     running = torch.zeros(len(LOSSES))
@@ -662,10 +717,12 @@ def train(process: int, arguments: argparse.Namespace, config: Mapping[str, Any]
         torch.distributed.all_reduce(total)
         # Means over the step, of which this process has a part.
         parts = losses * counts / total.clamp(min=1e-9)
+        loss_weights = torch.tensor([rate_at(config["loss"][name], step) for name in LOSSES])
         if groups:
             (parts * loss_weights).sum().backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         factor = learning_rate_factor(cycles, config["warmup_steps"], step)
-        weights.step(factor, config["clip_norm"])
+        rates = {kind: factor * rate_at(r, step) for kind, r in config["learning_rate"].items()}
+        weights.step(rates, config["clip_norm"])
         shown = parts.detach().clone()
         torch.distributed.all_reduce(shown)
         running = shown if step == first else 0.95 * running + 0.05 * shown
@@ -673,12 +730,14 @@ def train(process: int, arguments: argparse.Namespace, config: Mapping[str, Any]
             rate = seen * processes / (time.monotonic() - started)
             text = " ".join(f"{n} {v:.3f}" for n, v in zip(LOSSES, running.tolist(), strict=True))
             log.info("step %d/%d, %.0f tokens/s: %s", step + 1, steps, rate, text)
-        if not process and step + 1 in ends:
-            save_file({n: p.detach() for n, p in weights.master.items()}, ends[step + 1])
+        if step + 1 in cycles:
+            done = cycles.index(step + 1)
+            if not process:
+                save_file({n: p.detach() for n, p in weights.master.items()}, ends[done])
+            torch.distributed.barrier()
+            weights.replace(mean_of_ends(ends[: done + 1], config["means"][done]))
         if not process and ((step + 1) % config["save_every"] == 0 or step + 1 == steps):
-            shares = dict(zip(ends.values(), config["average"], strict=True))
-            mean = average(weights.master, shares)
-            save_model(model, mean, folder, arguments.out / "model")
+            save_model(model, weights.master, config["saved"], folder, arguments.out / "model")
             weights.save(checkpoint, step + 1)
     log.info("saved %s", arguments.out / "model")
     torch.distributed.destroy_process_group()

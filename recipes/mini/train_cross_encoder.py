@@ -32,6 +32,7 @@ from train import (
     learning_rate_factor,
     losses_of,
     minilm_folder,
+    rate_at,
     read_groups,
     same_document_pairs,
 )
@@ -168,11 +169,8 @@ def main() -> None:
     )
     torch.nn.Module.eval(model)
     live = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    rates = {
-        name: own["head_learning_rate" if name.startswith("classifier") else "learning_rate"]
-        for name in live
-    }
-    weights = MasterWeights(live, rates, config["weight_decay"])
+    kinds = {name: "head" if name.startswith("classifier") else "encoder" for name in live}
+    weights = MasterWeights(live, kinds, config["weight_decay"])
     torch.nn.Module.to(model, default_dtype(torch.device("cpu")))
     collate = PairCollator(Tokenizer.from_file(str(folder / "tokenizer.json")), own["max_tokens"])
     pools = read_groups(arguments.data)
@@ -185,9 +183,10 @@ def main() -> None:
     for step in range(first, steps):
         windows, relations = collate(draw(pools, config["mix"], seed, step))
         losses = losses_of(logits_of(model, windows, own["tokens_per_batch"]), *relations)
-        sum(loss_weights[name] * loss for name, loss in losses.items()).backward()
+        sum(rate_at(loss_weights[n], step) * loss for n, loss in losses.items()).backward()
         factor = learning_rate_factor([steps], config["warmup_steps"], step)
-        weights.step(factor, config["clip_norm"])
+        rates = {kind: factor * rate for kind, rate in own["learning_rate"].items()}
+        weights.step(rates, config["clip_norm"])
         seen += sum(map(len, windows))
         for name, loss in losses.items():
             mean[name] = 0.95 * mean.get(name, loss.item()) + 0.05 * loss.item()

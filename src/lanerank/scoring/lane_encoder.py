@@ -294,4 +294,5 @@ def _side_by_side(states: Sequence[LaneStates]) -> LaneStates:
         torch.cat([each.total for each in states]),
         torch.cat([F.pad(each.exclusion, (0, longest - each.mask.shape[1])) for each in states]),
         torch.cat([each.excluded for each in states]),
+        torch.cat([F.pad(each.tokens, (0, 0, 0, longest - each.mask.shape[1])) for each in states]),
     )

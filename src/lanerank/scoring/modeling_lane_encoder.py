@@ -19,6 +19,10 @@ Two things are read from the trusted lanes alone. Each token of the instruction 
 the probability that it names what is not wanted; what is wanted and what is excluded are pooled
 apart, so that likeness to the latter can count against a candidate. And the instruction has a
 *strength* for the query: one that changes nothing leaves the score as it is without it.
+
+A mean over all tokens of a candidate says little of the one phrase that an instruction asks for. So
+there is also *late interaction*: each token of the instruction is looked for in the candidate, and
+counts with the likeness of the token that is most like it.
 """
 
 from __future__ import annotations
@@ -73,6 +77,8 @@ class LaneStates:
     zero for padding and in the query lane."""
     excluded: Tensor
     """`(n, hidden size)`, float32: the sum of the last layer weighted by `exclusion`."""
+    tokens: Tensor
+    """`(n, t, hidden size)`, float32: the last layer in unit vectors, zero for padding."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,7 @@ def _join(first: LaneStates, second: LaneStates) -> LaneStates:
         first.total + second.total,
         torch.cat([first.exclusion, second.exclusion], 1),
         first.excluded + second.excluded,
+        torch.cat([first.tokens, second.tokens], 1),
     )
 
 
@@ -213,6 +220,9 @@ class LaneEncoder(PreTrainedModel):
         self.head_output = nn.Linear(size, 1)
         self.exclusion_output = nn.Linear(size, 1)
         self.exclusion_weight = nn.Parameter(torch.tensor(0.3))
+        self.late_output = nn.Linear(size, 1, bias=False)  # A constant changes no softmax.
+        self.late_weight = nn.Parameter(torch.tensor(6.0))
+        self.late_bias = nn.Parameter(torch.tensor(0.4))
         self.strength_hidden = nn.Linear(3 * size, size // 8)
         self.strength_output = nn.Linear(size // 8, 1)
         self.post_init()  # type: ignore[no-untyped-call]  # transformers does not annotate it
@@ -220,12 +230,12 @@ class LaneEncoder(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding, InstructedLinear)):
             nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, (nn.Linear, InstructedLinear)):
+        if isinstance(module, (nn.Linear, InstructedLinear)) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, InstructedLinear):
             nn.init.normal_(module.down, std=0.02)
             nn.init.zeros_(module.up)
-        outputs = ("head_output", "exclusion_output", "strength_output")
+        outputs = ("head_output", "exclusion_output", "late_output", "strength_output")
         for start_at_zero in (*outputs, "lane_embeddings"):
             if module is getattr(self, start_at_zero, None):
                 nn.init.zeros_(module.weight)
@@ -241,7 +251,7 @@ class LaneEncoder(PreTrainedModel):
         for module in (*encoder, self.embedding_norm, self.layers):
             module.to(dtype)
         for name, child in self.named_children():
-            if name.startswith(("head_", "exclusion_", "strength_")):
+            if name.startswith(("head_", "exclusion_", "late_", "strength_")):
                 child.float()
         for parameter in self.parameters(recurse=False):
             parameter.data = parameter.data.float()
@@ -283,7 +293,10 @@ class LaneEncoder(PreTrainedModel):
         if lane is Lane.INSTRUCTION:
             exclusion = self.exclusion_output(hidden).squeeze(-1).sigmoid() * mask
         excluded = (hidden * exclusion.unsqueeze(-1)).sum(1)
-        return LaneStates(tuple(keys), tuple(values), mask, hidden.sum(1), exclusion, excluded)
+        tokens = F.normalize(hidden, dim=-1)
+        return LaneStates(
+            tuple(keys), tuple(values), mask, hidden.sum(1), exclusion, excluded, tokens
+        )
 
     def strength(self, trusted: TrustedLanes) -> Tensor:
         """Logits of how much the instructions count for their queries, `(n,)`.
@@ -318,6 +331,23 @@ class LaneEncoder(PreTrainedModel):
         Returns:
             `(b,)` float32 logits; their sigmoid is the score.
         """
+        pooled, found = self.read_candidates(ids, lanes, mask, trusted, group)
+        return self.head(pooled, found, trusted, group)
+
+    def read_candidates(
+        self,
+        ids: Tensor,
+        lanes: Tensor,
+        mask: Tensor,
+        trusted: TrustedLanes,
+        group: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the head gets to see of candidates; the arguments are those of `score_candidates`.
+
+        Returns:
+            The mean of the last layer, `(b, hidden size)`, and how much of the instruction is found
+            in each candidate, `(b,)`; `None` without an instruction. Both float32.
+        """
         above = trusted.joined
         instructed = above is not None
         hidden = self._embed(ids, lanes, instructed)
@@ -337,8 +367,33 @@ class LaneEncoder(PreTrainedModel):
                 attended = attended + self._attend_above(layer, index, q, above, group)
             hidden = layer.finish(hidden, attended, instructed)
         weight = mask.unsqueeze(-1)
-        document = (hidden.float() * weight).sum(1) / weight.sum(1)
-        return self._head(document, trusted, group)
+        hidden = hidden.float() * weight
+        pooled = hidden.sum(1) / weight.sum(1)
+        found = None
+        if trusted.instruction is not None:
+            found = self._late_interaction(hidden, mask, trusted.instruction, group)
+        return pooled, found
+
+    def _late_interaction(
+        self, hidden: Tensor, mask: Tensor, instruction: LaneStates, group: Tensor | None
+    ) -> Tensor:
+        """How much of the instruction is found anywhere in each candidate, `(b,)`.
+
+        For each token of the instruction the largest cosine with a token of the candidate (Khattab
+        and Zaharia, ColBERT, SIGIR 2020), in a mean that is weighted by what is learned of a token,
+        and leaves out its exclusion and the tokens that frame the lane.
+        """
+        tokens = instruction.tokens
+        # A token is not part of the lane's frame where one stands on either side of it.
+        inside = F.pad(instruction.mask[:, 2:], (1, 1))
+        learned: Tensor = self.late_output(tokens).squeeze(-1)
+        importance = learned.masked_fill(~inside, _MASKED).softmax(-1)
+        importance = importance * (1 - instruction.exclusion)
+        if group is not None:
+            tokens, importance = tokens[group], importance[group]
+        cosines = F.normalize(hidden, dim=-1) @ tokens.transpose(-1, -2)
+        best = cosines.masked_fill(~mask.unsqueeze(-1), -1.0).amax(1)
+        return (best * importance).sum(-1)
 
     @staticmethod
     def _attend_above(
@@ -410,13 +465,16 @@ class LaneEncoder(PreTrainedModel):
         normed: Tensor = self.embedding_norm(embedded)
         return normed
 
-    def _head(self, document: Tensor, trusted: TrustedLanes, group: Tensor | None) -> Tensor:
-        """The logits of candidates from the pooled lanes.
+    def head(
+        self, pooled: Tensor, found: Tensor | None, trusted: TrustedLanes, group: Tensor | None
+    ) -> Tensor:
+        """The logits of candidates from what `read_candidates` returned.
 
         Without an instruction, `s · cos(query, document) + b`: the order is that of the cosine.
         With an instruction,
 
-            w · (scale · (cos(wanted, document) - e · cos(excluded, document)) + bias + MLP(...))
+            w · (scale · (cos(wanted, document) - e · cos(excluded, document)) + bias + MLP(...)
+                 + l · (found - m))
               + (1 - w) · the logit without an instruction
 
         where `w` is the sigmoid of `strength`, `wanted` mixes the query and what the instruction
@@ -428,8 +486,8 @@ class LaneEncoder(PreTrainedModel):
             return requests if group is None else requests[group]  # One row for each candidate.
 
         # Elements and products of unit vectors are small; the factors bring them near 1.
-        size = document.shape[-1]
-        document = F.normalize(document, dim=-1)
+        size = pooled.shape[-1]
+        document = F.normalize(pooled, dim=-1)
         query = F.normalize(trusted.query.total, dim=-1)
         query = each(query)
         plain: Tensor = self.plain_scale * (query * document).sum(-1) + self.plain_bias
@@ -447,5 +505,7 @@ class LaneEncoder(PreTrainedModel):
         features = torch.cat([*products, *singles], -1)
         extra: Tensor = self.head_output(F.gelu(self.head_hidden(features))).squeeze(-1)
         share = each(self.strength(trusted).sigmoid())
-        logits: Tensor = share * (self.scale * cosine + self.bias + extra) + (1 - share) * plain
+        late = self.late_weight * (cast("Tensor", found) - self.late_bias)
+        instructed = self.scale * cosine + self.bias + extra + late
+        logits: Tensor = share * instructed + (1 - share) * plain
         return logits

@@ -31,7 +31,7 @@ _LAYER_PARTS = {
     "output": "output.dense",
     "output_norm": "output.LayerNorm",
 }
-_ADDED = ("lane_embeddings.", "head_", "exclusion_", "strength_", "plain_")
+_ADDED = ("lane_embeddings.", "head_", "exclusion_", "late_", "strength_", "plain_")
 _NUMBERS = ("instruction_weight", "scale", "bias")
 
 
