@@ -153,6 +153,7 @@ def make_encoder(tiny_tokenizer: Tokenizer) -> Callable[..., LaneEncoder]:
                     parameter.normal_(mean=1.0, std=0.3, generator=numbers)
             # Scores spread over (0, 1) without reaching its ends.
             model.head_output.weight.mul_(0.2)
+            model.late_weight.fill_(1.0)
             for scale, bias in ((model.scale, model.bias), (model.plain_scale, model.plain_bias)):
                 scale.fill_(4.0)
                 bias.fill_(-3.0)
