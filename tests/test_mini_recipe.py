@@ -380,5 +380,4 @@ def test_the_number_of_processes_does_not_change_what_is_learned(run, whole, tra
     )
     # In bfloat16, batches of other shapes find another token most like one of the instruction's.
     for other in others:  # With three, one of them has nothing to do.
-        print("REL", (other - one).float().norm() / one.float().norm())
         assert (other - one).float().norm() < 0.1 * one.float().norm()
