@@ -62,8 +62,11 @@ def request(texts, *, instruction="prefer marine", query="red fish", **options) 
 
 
 def tensors(states) -> list[torch.Tensor]:
-    pooled = (states.total, states.exclusion, states.excluded)
-    return [*states.keys, *states.values, states.mask, *pooled, states.tokens]
+    """Every tensor of a lane, or of lanes side by side."""
+    fields = vars(states).values()
+    return [
+        tensor for field in fields for tensor in (field if isinstance(field, tuple) else [field])
+    ]
 
 
 def clones(states) -> list[torch.Tensor]:

@@ -61,8 +61,8 @@ class LaneEncoderConfig(PreTrainedConfig):
 
 
 @dataclass(frozen=True)
-class LaneStates:
-    """One trusted lane after the encoder, for a batch of `n` texts padded to `t` tokens."""
+class LaneKeys:
+    """What the lanes below attend to, for a batch of `n` texts padded to `t` tokens."""
 
     keys: tuple[Tensor, ...]
     """For each layer, `(heads, n, t, head size)`."""
@@ -70,6 +70,12 @@ class LaneStates:
     """For each layer, `(heads, n, t, head size)`."""
     mask: Tensor
     """`(n, t)`, true where there is a token."""
+
+
+@dataclass(frozen=True)
+class LaneStates(LaneKeys):
+    """One trusted lane after the encoder."""
+
     total: Tensor
     """`(n, hidden size)`, float32: the sum of the last layer over the lane's tokens."""
     exclusion: Tensor
@@ -88,7 +94,7 @@ class TrustedLanes:
     query: LaneStates
     instruction: LaneStates | None = None
     """`None` where the requests have no instruction."""
-    joined: LaneStates | None = None
+    joined: LaneKeys | None = None
     """Both lanes side by side, as the lanes below see them; `None` without an instruction."""
 
 
@@ -98,15 +104,11 @@ def trust(query: LaneStates, instruction: LaneStates | None) -> TrustedLanes:
     return TrustedLanes(query, instruction, joined)
 
 
-def _join(first: LaneStates, second: LaneStates) -> LaneStates:
-    return LaneStates(
+def _join(first: LaneKeys, second: LaneKeys) -> LaneKeys:
+    return LaneKeys(
         tuple(torch.cat(pair, 2) for pair in zip(first.keys, second.keys, strict=True)),
         tuple(torch.cat(pair, 2) for pair in zip(first.values, second.values, strict=True)),
         torch.cat([first.mask, second.mask], 1),
-        first.total + second.total,
-        torch.cat([first.exclusion, second.exclusion], 1),
-        first.excluded + second.excluded,
-        torch.cat([first.tokens, second.tokens], 1),
     )
 
 
@@ -397,7 +399,7 @@ class LaneEncoder(PreTrainedModel):
 
     @staticmethod
     def _attend_above(
-        layer: LaneEncoderLayer, index: int, q: Tensor, above: LaneStates, group: Tensor | None
+        layer: LaneEncoderLayer, index: int, q: Tensor, above: LaneKeys, group: Tensor | None
     ) -> Tensor:
         keys, values, mask = above.keys[index], above.values[index], above.mask
         if group is not None:
