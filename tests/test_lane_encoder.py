@@ -625,6 +625,30 @@ def test_an_instruction_of_no_strength_leaves_the_score_to_query_and_document(ma
             assert torch.equal(instructed_logits(model, instruction), before) is not counts
 
 
+def strength_of(scorer, instruction: str, query: str) -> float:
+    with torch.inference_mode():
+        return scorer.model.strength(scorer.trusted_lanes(instruction, query)).sigmoid().item()
+
+
+def test_an_instruction_of_little_strength_leaves_scores_exactly_as_without_it(make_scorer) -> None:
+    scorer = make_scorer()
+    scorer.model.config.neutral_below = 0.0
+    instructions = [f"prefer {word} fish to {word}" for word in ("red", "blue", "marine", "coach")]
+    queries = ["red fish", "green document", "an old engineer in blue"]
+    strengths = {(i, q): strength_of(scorer, i, q) for i in instructions for q in queries}
+    # One that echoes an instruction, which is left out where the instruction counts.
+    texts = ["red fish", "a coach", "blue " * 40, *instructions]
+    by_strength = sorted(strengths, key=strengths.__getitem__)
+    scorer.model.config.neutral_below = strengths[by_strength[6]]
+    asked = [request(texts, instruction=i, query=q) for i, q in by_strength]
+    for among, each in zip(scorer.score_many(asked), asked, strict=True):
+        alone = scorer.score(each)
+        plain = scorer.score(dataclasses.replace(each, instruction=""))
+        neutral = (each.instruction, each.query) in by_strength[:6]
+        assert (alone == plain) is neutral
+        assert among.values == pytest.approx(alone.values, abs=CLOSE)
+
+
 def test_likeness_to_what_is_excluded_counts_against_a_candidate(make_encoder) -> None:
     model = make_encoder()
     with torch.no_grad():
@@ -778,6 +802,19 @@ def test_folded_weights_give_what_the_two_factors_give(instructed) -> None:
     difference = hidden @ (linear.up @ linear.down).T
     expected = linear(hidden, False) + (difference if instructed else 0)
     torch.testing.assert_close(unfolded, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_dropout_is_for_training_under_an_instruction_alone() -> None:
+    linear = InstructedLinear(16, 8, rank=4)
+    for parameter in linear.parameters():
+        torch.nn.init.normal_(parameter)
+    hidden = torch.randn(3, 5, 16)
+    whole = {instructed: linear.eval()(hidden, instructed) for instructed in (True, False)}
+    linear.dropout = 0.5
+    for instructed in (True, False):
+        assert torch.equal(linear.eval()(hidden, instructed), whole[instructed])
+    assert torch.equal(linear.train()(hidden, False), whole[False])
+    assert not torch.equal(linear.train()(hidden, True), whole[True])
 
 
 # Speed and memory: what is computed, and how much of it at once

@@ -141,9 +141,16 @@ class LaneEncoderScorer:
                     raise
                 results[number] = error
         with torch.inference_mode():
+            trusted = None
+            for number, ids in lanes.items():
+                if ids.instruction:
+                    lanes[number], trusted = self._heard(ids)
+            # Those of many requests are better computed again, together, than kept until then.
+            ready = trusted if len(lanes) == 1 else None
             for group in self._groups(requests, lanes):
                 scored = self._score_group(
-                    [requests[number] for number in group], [lanes[number] for number in group]
+                    [requests[number] for number in group],
+                    ready or self._trust([lanes[number] for number in group]),
                 )
                 for number, scores in zip(group, scored, strict=True):
                     results[number] = scores
@@ -153,8 +160,9 @@ class LaneEncoderScorer:
         """The trusted lanes of a request, computed without any document.
 
         The instruction lane is a function of the instruction alone, and is kept for later calls.
+        There is none for an instruction that does not count for the query.
         """
-        return self._trust([self._trusted_ids(instruction, query)])
+        return self._heard(self._trusted_ids(instruction, query))[1]
 
     def _trusted_ids(self, instruction: str, query: str) -> _TrustedIds:
         lanes = _TrustedIds(
@@ -167,6 +175,17 @@ class LaneEncoderScorer:
                 f"`query` has {len(lanes.query)} tokens, the model reads {room}; shorten it"
             )
         return lanes
+
+    def _heard(self, lanes: _TrustedIds) -> tuple[_TrustedIds, TrustedLanes]:
+        """The trusted lanes of one request, without an instruction that does not count.
+
+        Asked for each request by itself, since what counts must not hang on how others round.
+        """
+        trusted = self._trust([lanes])
+        if trusted.instruction is not None and not bool(self.model.counts(trusted)):
+            lanes = _TrustedIds((), lanes.query)
+            trusted = self._trust([lanes])
+        return lanes, trusted
 
     def _groups(
         self, requests: Sequence[RerankRequest], lanes: Mapping[int, _TrustedIds]
@@ -192,11 +211,11 @@ class LaneEncoderScorer:
                 yield group
 
     def _score_group(
-        self, requests: Sequence[RerankRequest], lanes: Sequence[_TrustedIds]
+        self, requests: Sequence[RerankRequest], trusted: TrustedLanes
     ) -> list[Scores]:
-        trusted = self._trust(lanes)
         owner = [number for number, request in enumerate(requests) for _ in request.candidates]
-        echoes = [self.lanes.echoes(each.instruction) for each in requests]
+        instructed = trusted.instruction is not None
+        echoes = [self.lanes.echoes(each.instruction if instructed else "") for each in requests]
         alone = requests[0] if len(requests) == 1 else None
         # Beside others, a candidate brings a copy of the trusted lanes that it attends to.
         copied = 0 if alone or trusted.joined is None else trusted.joined.mask.shape[1]

@@ -18,7 +18,8 @@ and only how fast it grows, and from where, is learned.
 Two things are read from the trusted lanes alone. Each token of the instruction has an *exclusion*,
 the probability that it names what is not wanted; what is wanted and what is excluded are pooled
 apart, so that likeness to the latter can count against a candidate. And the instruction has a
-*strength* for the query: one that changes nothing leaves the score as it is without it.
+*strength* for the query: one that changes little counts little, and below `neutral_below` it counts
+as none, so that scores are exactly those without it.
 
 A mean over all tokens of a candidate says little of the one phrase that an instruction asks for. So
 there is also *late interaction*: each token of the instruction is looked for in the candidate, and
@@ -58,6 +59,8 @@ class LaneEncoderConfig(PreTrainedConfig):
     """Tokens that the attributes lane may have; the other lanes use all positions."""
     adapter_rank: int = 40
     """Rank of what an instruction adds to each weight matrix."""
+    neutral_below: float = 0.2
+    """Instructions of less strength count as none, where scores are not for training."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,8 @@ class InstructedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outer))
         self.down = nn.Parameter(torch.empty(rank, inner))
         self.up = nn.Parameter(torch.zeros(outer, rank))
+        self.dropout = 0.0
+        """The share of the low-rank features that training leaves out."""
         self.register_buffer("folded", None, persistent=False)
 
     @torch.no_grad()
@@ -155,7 +160,8 @@ class InstructedLinear(nn.Module):
         if self.folded is not None:
             return F.linear(hidden, self.folded, self.bias)
         plain = F.linear(hidden, self.weight, self.bias)
-        return plain + F.linear(F.linear(hidden, self.down), self.up)
+        features = F.dropout(F.linear(hidden, self.down), self.dropout, self.training)
+        return plain + F.linear(features, self.up)
 
 
 class LaneEncoderLayer(nn.Module):
@@ -313,6 +319,15 @@ class LaneEncoder(PreTrainedModel):
         strength: Tensor = self.strength_output(F.gelu(self.strength_hidden(asked))).squeeze(-1)
         return strength
 
+    def counts(self, trusted: TrustedLanes) -> Tensor:
+        """Whether the instructions are strong enough to count for their queries, `(n,)`.
+
+        Args:
+            trusted: The trusted lanes of requests that have an instruction.
+        """
+        neutral_below: float = self.config.neutral_below
+        return self.strength(trusted).sigmoid() >= neutral_below
+
     def score_candidates(
         self,
         ids: Tensor,
@@ -419,7 +434,9 @@ class LaneEncoder(PreTrainedModel):
         candidate_lanes: Tensor,
         group: Tensor,
     ) -> Tensor:
-        """Score a batch of requests, each with its own trusted lanes.
+        """Score a batch of requests, each with its own trusted lanes, for training.
+
+        Every instruction counts by its strength, however small, so that strengths can be learned.
 
         Args:
             instruction_ids: `(n, i)`, padded with `config.pad_token_id`; all padding for a
