@@ -22,7 +22,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
@@ -44,7 +44,13 @@ from lanerank.contracts import Lane
 from lanerank.instruction import Instruction
 from lanerank.lanes import LaneTokenizer, render_attributes
 from lanerank.scoring.lane_encoder import default_dtype
-from lanerank.scoring.modeling_lane_encoder import LaneEncoder, trust
+from lanerank.scoring.modeling_lane_encoder import (
+    InstructedLinear,
+    LaneEncoder,
+    LaneStates,
+    TrustedLanes,
+    trust,
+)
 from lanerank.training.bi_encoder import is_instructed, read_bi_encoder
 
 HERE = Path(__file__).parent
@@ -59,6 +65,8 @@ LOSSES = (
     *("pointwise", "listwise", "vertical", "equality", "exclusion", "strength"),
     *("late_listwise", "late_vertical"),
 )
+MASK = 103
+"""The id of `[MASK]` in the vocabulary of BERT."""
 LATE_SCALE = 12.0
 """Of late interaction, a mean of cosines, where it has to rank by itself."""
 log = logging.getLogger("train")
@@ -185,16 +193,36 @@ class Collator:
             labels[first:last] = [1.0] * (last - first)
         return tuple(labels)
 
-    def candidate(self, text: str, attributes: str) -> tuple[tuple[int, ...], int]:
-        """The ids of a candidate, and how many of them are its attributes lane."""
-        budgets = self.lanes.budgets
-        above = self.lanes.frame(self.content(attributes)[: budgets.attributes - 2])
-        above = above if attributes else ()
-        document = self.lanes.frame(self.content(text)[: min(budgets.document, 320) - 2])
-        return above + document, len(above)
+    def candidate(
+        self, text: str, attributes: str, masking: random.Random, masked: float
+    ) -> tuple[tuple[int, ...], int]:
+        """The ids of a candidate, and how many of them are its attributes lane.
 
-    def __call__(self, groups: Sequence[dict[str, Any]]) -> Batch:
-        """Lay out every lane and document of the groups."""
+        A share of `masked` of its tokens gives way to `[MASK]`.
+        """
+        budgets = self.lanes.budgets
+
+        def lane(text: str, room: int) -> tuple[int, ...]:
+            ids = self.content(text)[: room - 2]
+            if masked:
+                ids = tuple(MASK if masking.random() < masked else each for each in ids)
+            return self.lanes.frame(ids)
+
+        above = lane(attributes, budgets.attributes) if attributes else ()
+        return above + lane(text, min(budgets.document, 320)), len(above)
+
+    def __call__(
+        self, groups: Sequence[dict[str, Any]], masked: float = 0.0, seed: str = ""
+    ) -> Batch:
+        """Lay out every lane and document of the groups.
+
+        Args:
+            groups: What to lay out.
+            masked: The share of the tokens of each document that are masked, alike in all lanes of
+                its group.
+            seed: What decides which.
+        """
+        masking = random.Random(seed)
         # Requests without an instruction, and with one.
         kinds: dict[bool, list[_Request]] = {False: [], True: []}
         rows: list[tuple[tuple[int, ...], int]] = []
@@ -206,6 +234,8 @@ class Collator:
                 self.candidate(
                     document["text"],
                     render_attributes(document["attributes"], list(document["attributes"]), today),
+                    masking,
+                    masked,
                 )
                 for document in group["documents"]
             ]
@@ -315,8 +345,23 @@ class Outputs:
     """`(pairs,)`: logits of late interaction alone, NaN where there is no instruction."""
 
 
-def outputs_of(model: LaneEncoder, batch: Batch) -> Outputs:
-    """What the model says of a batch; the trusted lanes are computed once a request."""
+def pooled_apart(trusted: TrustedLanes) -> TrustedLanes:
+    """The same lanes, whose encoder learns nothing from how the head reads them pooled."""
+
+    def apart(lane: LaneStates) -> LaneStates:
+        pooled = {name: getattr(lane, name).detach() for name in ("total", "exclusion", "excluded")}
+        return replace(lane, **pooled)
+
+    instruction = None if trusted.instruction is None else apart(trusted.instruction)
+    return replace(trusted, query=apart(trusted.query), instruction=instruction)
+
+
+def outputs_of(model: LaneEncoder, batch: Batch, *, late_alone: bool = False) -> Outputs:
+    """What the model says of a batch; the trusted lanes are computed once a request.
+
+    With `late_alone` the encoder learns from late interaction, exclusions and strengths, and what
+    reads pooled lanes takes them as they are.
+    """
     logits, late, positions = [], [], []
     exclusion = strength = (torch.zeros(0), torch.zeros(0))
     for requests in batch.requests:
@@ -334,7 +379,10 @@ def outputs_of(model: LaneEncoder, batch: Batch) -> Outputs:
         for position, ids, lanes, group in requests.passes:
             positions.append(position)
             pooled, found = model.read_candidates(ids, lanes, ids != 0, trusted, group)
-            logits.append(model.head(pooled, found, trusted, group))
+            seen = trusted
+            if late_alone:
+                pooled, seen = pooled.detach(), pooled_apart(trusted)
+            logits.append(model.head(pooled, found, seen, group))
             silent = torch.full_like(logits[-1], math.nan)
             late.append(silent if found is None else LATE_SCALE * found)
     order = torch.cat(positions).argsort()
@@ -433,17 +481,18 @@ def losses_of_step(out: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
         "exclusion": exclusion_loss(*out.exclusion),
         "strength": strength_loss(*out.strength),
     }
-    return torch.stack([losses[name] for name in LOSSES]), counts_of(batch, out)
+    return torch.stack([losses[name] for name in LOSSES]), counts_of(batch, out, lists, pairs)
 
 
 def _gaps(targets: Tensor, pairs: Tensor) -> Tensor:
     return (targets[pairs[:, 0]] - targets[pairs[:, 1]]).abs()
 
 
-def counts_of(batch: Batch, out: Outputs) -> Tensor:
+def counts_of(
+    batch: Batch, out: Outputs, late_lists: Sequence[Tensor], late_pairs: Tensor
+) -> Tensor:
     """What each loss is a mean over: how many, or for pairs the sum of their weights."""
     targets = batch.targets
-    lists, pairs = instructed_only(batch, out.late)
     counts: dict[str, Tensor | int] = {
         "pointwise": (~targets.isnan()).sum(),
         "listwise": len(_graded(targets, batch.lists)),
@@ -451,8 +500,8 @@ def counts_of(batch: Batch, out: Outputs) -> Tensor:
         "equality": len(batch.equal),
         "exclusion": len(out.exclusion[1]),
         "strength": len(out.strength[1]),
-        "late_listwise": len(_graded(targets, lists)),
-        "late_vertical": _gaps(targets, pairs).sum(),
+        "late_listwise": len(_graded(targets, late_lists)),
+        "late_vertical": _gaps(targets, late_pairs).sum(),
     }
     return torch.tensor([float(counts[name]) for name in LOSSES])
 
@@ -558,8 +607,8 @@ def save_model(
 ) -> None:
     """Write the model in float16: the bi-encoder's weights, the plain score's and those given.
 
-    `saved` has the share that the logit of the pooled lanes keeps, and where late interaction
-    begins to count for a candidate.
+    `saved` has the share that the logit of the pooled lanes keeps, the weight of late interaction,
+    and where it begins to count for a candidate.
     """
     model = read_bi_encoder(start)
     plain = {n: p for n, p in trained.state_dict().items() if n.startswith("plain_")}
@@ -568,6 +617,7 @@ def save_model(
         model.get_parameter(name).copy_(tensor)
     for parameter in (model.scale, model.bias, *model.head_output.parameters()):
         parameter.mul_(saved["pooled"])
+    model.late_weight.fill_(saved["late_weight"])
     model.late_bias.fill_(saved["late_bias"])
     torch.nn.Module.to(model, torch.float16).save_pretrained(out)
     (out / "tokenizer.json").write_bytes((start / "tokenizer.json").read_bytes())
@@ -695,7 +745,8 @@ def train(process: int, arguments: argparse.Namespace, config: Mapping[str, Any]
     model.load_state_dict(load_file(arguments.out / "plain.safetensors"), strict=False)
     live = freeze_bi_encoder(model)
     weights = MasterWeights(live, {name: kind_of(name) for name in live}, config["weight_decay"])
-    model.cast_encoder(dtype)
+    torch.nn.Module.train(model.cast_encoder(dtype))
+    adapters = [module for module in model.modules() if isinstance(module, InstructedLinear)]
     lanes = LaneTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")))
     collate = Collator(lanes, config["tokens_per_batch"])
     pools = read_groups(arguments.data)
@@ -710,8 +761,13 @@ def train(process: int, arguments: argparse.Namespace, config: Mapping[str, Any]
         groups = share_of(draw(pools, config["mix"], seed, step), process, processes)
         losses, counts = torch.zeros(len(LOSSES)), torch.zeros(len(LOSSES))
         if groups:
-            batch = collate(groups)
-            losses, counts = losses_of_step(outputs_of(model, batch), batch)
+            share = f"{seed}/{step}/{process}"
+            torch.manual_seed(random.Random(share).getrandbits(63))  # What dropout leaves out.
+            for module in adapters:
+                module.dropout = rate_at(config["adapter_dropout"], step)
+            batch = collate(groups, rate_at(config["masked"], step), share)
+            out = outputs_of(model, batch, late_alone=step >= config["late_alone_from"])
+            losses, counts = losses_of_step(out, batch)
             seen += sum(ids.numel() for part in batch.requests for _, ids, _, _ in part.passes)
         total = counts.clone()
         torch.distributed.all_reduce(total)
