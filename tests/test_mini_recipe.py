@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from lanerank.contracts import Candidate, RerankRequest
+from lanerank.contracts import Candidate, Lane, RerankRequest
 from lanerank.lanes import LaneTokenizer
 from lanerank.scoring.lane_encoder import LaneEncoderScorer
 
@@ -276,6 +276,27 @@ def test_late_alone_teaches_the_encoder_nothing_through_pooled_lanes(train, coll
     assert trained(whole) > {*head, "layers.0.qkv.up"}
 
 
+def test_a_strength_fitted_anew_tells_neutral_instructions_from_others(train, collate):
+    model = train.read_bi_encoder(train.minilm_folder())
+    groups = [group(query) for query in ("boats", "ships", "soup")]
+    with torch.no_grad():
+        inputs, labels = train.strength_examples(model, collate.lanes, [*groups, group("boats")])
+    # Each pair once, and none without an instruction.
+    assert inputs.shape == (6, 3 * 384)
+    assert sorted(labels.tolist()) == [0.0] * 3 + [1.0] * 3
+    options = {"seed": 1, "epochs": 40, "batch": 4, "learning_rate": 1e-2, "weight_decay": 0.1}
+    options |= {"dropout": 0.1, "neutral_weight": 2.0}
+    fitted = train.fit_strength(inputs, labels, 48, options)
+    model.load_state_dict(fitted, strict=False)
+    [_, part] = collate([group("canoes")]).requests
+    ids, queries = part.instruction_ids, part.query_ids
+    with torch.no_grad():
+        instruction = model.encode_trusted(Lane.INSTRUCTION, ids, ids != 0)
+        query = model.encode_trusted(Lane.QUERY, queries, queries != 0, instruction)
+        strengths = model.strength(train.trust(query, instruction)).sigmoid()
+    assert (strengths > 0.5).tolist() == (part.strengths > 0).tolist() == [True, False]
+
+
 def test_training_leaves_the_bi_encoder_as_it_was(train, collate, tmp_path):
     folder = train.minilm_folder()
     model = train.read_bi_encoder(folder)
@@ -369,6 +390,15 @@ late_vertical = [[2, 0.4]]
 pooled = 0.5
 late_weight = 8.0
 late_bias = 0.25
+
+[strength]
+seed = 1
+epochs = 3
+batch = 2
+learning_rate = 1e-2
+weight_decay = 0.1
+dropout = 0.5
+neutral_weight = 2.0
 """
 
 
@@ -423,6 +453,8 @@ def test_the_model_is_the_mean_of_the_ends_of_cycles(run, whole):
         last = share * second[name]
         assert not torch.allclose(whole[name].float(), last, atol=1e-6, rtol=1e-6), name
     assert (whole["late_weight"], whole["late_bias"]) == (8.0, 0.25)
+    fitted, before = (w["strength_hidden.weight"].float() for w in (whole, second))
+    assert not torch.allclose(fitted, before, atol=1e-2)
 
 
 def test_the_number_of_processes_does_not_change_what_is_learned(run, half, train):

@@ -506,6 +506,85 @@ def counts_of(
     return torch.tensor([float(counts[name]) for name in LOSSES])
 
 
+def strength_examples(
+    model: LaneEncoder, lanes: LaneTokenizer, groups: Sequence[dict[str, Any]]
+) -> tuple[Tensor, Tensor]:
+    """What the strength is read from, for each query and instruction of the groups, and its labels.
+
+    Returns:
+        `(n, 3 * hidden size)`, and `(n,)` with 0 for instructions that change nothing, else 1.
+    """
+    labels: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
+    for group in groups:
+        today = date.fromisoformat(group["today"]) if group.get("today") else None
+        query = lanes.trusted(Lane.QUERY, group["query"])
+        for lane in group["lanes"]:
+            if lane["instruction"]:
+                text = Instruction(lane["instruction"], today=today).render()
+                pair = lanes.trusted(Lane.INSTRUCTION, text), query
+                labels.setdefault(pair, float(lane["kind"] != "neutral"))
+    pairs = sorted(labels, key=lambda pair: len(pair[0]))
+    inputs = []
+    for start in range(0, len(pairs), 64):
+        rules, queries = zip(*pairs[start : start + 64], strict=True)
+        ids = _pad(rules)
+        instruction = model.encode_trusted(Lane.INSTRUCTION, ids, ids != 0)
+        ids = _pad(queries)
+        query_states = model.encode_trusted(Lane.QUERY, ids, ids != 0, instruction)
+        inputs.append(model.strength_inputs(trust(query_states, instruction)))
+    return torch.cat(inputs), torch.tensor([labels[pair] for pair in pairs])
+
+
+def fit_strength(
+    inputs: Tensor, labels: Tensor, hidden_size: int, options: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """Learn the strength anew on finished lanes, with a dropout that scores could not bear.
+
+    Learned beside all else, it took short instructions of the training scenarios' kind ("We write
+    Python.") for ones that change nothing.
+
+    Args:
+        inputs: As `strength_examples` returns them.
+        labels: Likewise.
+        hidden_size: Width of the hidden layer.
+        options: The table `strength` of the configuration.
+    """
+    torch.manual_seed(int(options["seed"]))
+    net = torch.nn.Sequential(
+        torch.nn.Dropout(options["dropout"]),
+        torch.nn.Linear(inputs.shape[1], hidden_size),
+        torch.nn.GELU(),
+        torch.nn.Dropout(options["dropout"]),
+        torch.nn.Linear(hidden_size, 1),
+    )
+    torch.nn.init.constant_(net[-1].bias, 2.0)  # type: ignore[arg-type]  # of a Linear
+    size = min(int(options["batch"]), len(labels))
+    steps, done = int(options["epochs"]) * (len(labels) // size), 0
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr=options["learning_rate"], weight_decay=options["weight_decay"]
+    )
+    weights = torch.where(labels > 0, 1.0, options["neutral_weight"])
+    for _ in range(int(options["epochs"])):
+        order = torch.randperm(len(labels))
+        for start in range(0, len(labels) - size + 1, size):
+            rows = order[start : start + size]
+            loss = F.binary_cross_entropy_with_logits(
+                net(inputs[rows]).squeeze(1), labels[rows], weights[rows]
+            )
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+            for group in optimizer.param_groups:
+                group["lr"] = options["learning_rate"] * (1 - done / steps)
+            optimizer.step()
+            done += 1
+    named = {"strength_hidden": net[1], "strength_output": net[4]}
+    return {
+        f"{name}.{n}": p.detach()
+        for name, part in named.items()
+        for n, p in part.named_parameters()
+    }
+
+
 class MasterWeights:
     """AdamW on float32 copies of parameters, whatever the model computes in."""
 
@@ -795,6 +874,16 @@ def train(process: int, arguments: argparse.Namespace, config: Mapping[str, Any]
         if not process and ((step + 1) % config["save_every"] == 0 or step + 1 == steps):
             save_model(model, weights.master, config["saved"], folder, arguments.out / "model")
             weights.save(checkpoint, step + 1)
+    if not process and steps == cycles[-1]:
+        groups = [group for name, pool in pools.items() if name != "plain" for group in pool]
+        with torch.no_grad():
+            evaluated = torch.nn.Module.eval(model)
+            inputs, labels = strength_examples(evaluated, lanes, groups)
+        width = model.strength_output.in_features
+        strength = fit_strength(inputs, labels, width, config["strength"])
+        whole = {**weights.master, **strength}
+        save_model(model, whole, config["saved"], folder, arguments.out / "model")
+    torch.distributed.barrier()
     log.info("saved %s", arguments.out / "model")
     torch.distributed.destroy_process_group()
 

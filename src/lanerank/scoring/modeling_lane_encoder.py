@@ -312,12 +312,16 @@ class LaneEncoder(PreTrainedModel):
         Args:
             trusted: The trusted lanes of requests that have an instruction.
         """
+        hidden = F.gelu(self.strength_hidden(self.strength_inputs(trusted)))
+        strength: Tensor = self.strength_output(hidden).squeeze(-1)
+        return strength
+
+    def strength_inputs(self, trusted: TrustedLanes) -> Tensor:
+        """What the strength is read from, `(n, 3 * hidden size)`: both lanes and their product."""
         size = self.config.hidden_size
         query = F.normalize(trusted.query.total, dim=-1) * size**0.5
         instruction = F.normalize(cast("LaneStates", trusted.instruction).total, dim=-1) * size**0.5
-        asked = torch.cat([query, instruction, query * instruction], -1)
-        strength: Tensor = self.strength_output(F.gelu(self.strength_hidden(asked))).squeeze(-1)
-        return strength
+        return torch.cat([query, instruction, query * instruction], -1)
 
     def counts(self, trusted: TrustedLanes) -> Tensor:
         """Whether the instructions are strong enough to count for their queries, `(n,)`.
