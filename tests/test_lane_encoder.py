@@ -639,7 +639,7 @@ def test_an_instruction_of_little_strength_leaves_scores_exactly_as_without_it(m
     # One that echoes an instruction, which is left out where the instruction counts.
     texts = ["red fish", "a coach", "blue " * 40, *instructions]
     by_strength = sorted(strengths, key=strengths.__getitem__)
-    scorer.model.config.neutral_below = strengths[by_strength[6]]
+    scorer.model.config.neutral_below = sum(strengths[pair] for pair in by_strength[5:7]) / 2
     asked = [request(texts, instruction=i, query=q) for i, q in by_strength]
     for among, each in zip(scorer.score_many(asked), asked, strict=True):
         alone = scorer.score(each)

@@ -141,19 +141,12 @@ class LaneEncoderScorer:
                     raise
                 results[number] = error
         with torch.inference_mode():
-            trusted = None
-            for number, ids in lanes.items():
-                if ids.instruction:
-                    lanes[number], trusted = self._heard(ids)
-            # Those of many requests are better computed again, together, than kept until then.
-            ready = trusted if len(lanes) == 1 else None
             for group in self._groups(requests, lanes):
-                scored = self._score_group(
-                    [requests[number] for number in group],
-                    ready or self._trust([lanes[number] for number in group]),
-                )
-                for number, scores in zip(group, scored, strict=True):
-                    results[number] = scores
+                for places, trusted in self._heard([lanes[number] for number in group]):
+                    numbers = [group[place] for place in places]
+                    scored = self._score_group([requests[number] for number in numbers], trusted)
+                    for number, scores in zip(numbers, scored, strict=True):
+                        results[number] = scores
         return results
 
     def trusted_lanes(self, instruction: str, query: str) -> TrustedLanes:
@@ -162,7 +155,8 @@ class LaneEncoderScorer:
         The instruction lane is a function of the instruction alone, and is kept for later calls.
         There is none for an instruction that does not count for the query.
         """
-        return self._heard(self._trusted_ids(instruction, query))[1]
+        [(_, trusted)] = self._heard([self._trusted_ids(instruction, query)])
+        return trusted
 
     def _trusted_ids(self, instruction: str, query: str) -> _TrustedIds:
         lanes = _TrustedIds(
@@ -176,16 +170,24 @@ class LaneEncoderScorer:
             )
         return lanes
 
-    def _heard(self, lanes: _TrustedIds) -> tuple[_TrustedIds, TrustedLanes]:
-        """The trusted lanes of one request, without an instruction that does not count.
+    def _heard(self, lanes: Sequence[_TrustedIds]) -> Iterator[tuple[list[int], TrustedLanes]]:
+        """The trusted lanes of requests that all have an instruction, or all have none.
 
-        Asked for each request by itself, since what counts must not hang on how others round.
+        In parts, with the places in `lanes` of each: where an instruction does not count, there is
+        none.
         """
-        trusted = self._trust([lanes])
-        if trusted.instruction is not None and not bool(self.model.counts(trusted)):
-            lanes = _TrustedIds((), lanes.query)
-            trusted = self._trust([lanes])
-        return lanes, trusted
+        trusted = self._trust(lanes)
+        instructed = trusted.instruction is not None
+        counts = self.model.counts(trusted).tolist() if instructed else [True] * len(lanes)
+        if all(counts):
+            yield list(range(len(lanes))), trusted
+            return
+        heard, silent = (
+            [p for p, each in enumerate(counts) if each is kind] for kind in (True, False)
+        )
+        if heard:
+            yield heard, _some(trusted, heard)
+        yield silent, self._trust([_TrustedIds((), lanes[place].query) for place in silent])
 
     def _groups(
         self, requests: Sequence[RerankRequest], lanes: Mapping[int, _TrustedIds]
@@ -315,3 +317,21 @@ def _side_by_side(states: Sequence[LaneStates]) -> LaneStates:
         torch.cat([each.excluded for each in states]),
         torch.cat([F.pad(each.tokens, (0, 0, 0, longest - each.mask.shape[1])) for each in states]),
     )
+
+
+def _some(trusted: TrustedLanes, places: list[int]) -> TrustedLanes:
+    """The trusted lanes of some of the requests."""
+
+    def some(states: LaneStates) -> LaneStates:
+        return LaneStates(
+            tuple(each[:, places] for each in states.keys),
+            tuple(each[:, places] for each in states.values),
+            states.mask[places],
+            states.total[places],
+            states.exclusion[places],
+            states.excluded[places],
+            states.tokens[places],
+        )
+
+    instruction = None if trusted.instruction is None else some(trusted.instruction)
+    return trust(some(trusted.query), instruction)
