@@ -7,6 +7,7 @@ a few thousand random numbers with open gates and a head that counts, so that ev
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import string
 from collections.abc import Callable, Iterator
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 
 # Read when huggingface_hub is first imported, so it has to be set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A shell that runs tests in its background has them and their children ignore Ctrl-C, which some of
+# them are ended with.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The machine that runs the tests may be slow or busy; that is no finding.
 settings.register_profile(

@@ -78,7 +78,10 @@ def server(ray_address, token, tiny_model_folder, tmp_path_factory) -> Iterator[
         assert process.poll() is None, greeting
         yield Server(f"http://127.0.0.1:{port}", greeting, {"Authorization": f"Bearer {token}"})
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        try:
+            assert process.wait(60) == 0
+        finally:
+            process.kill()  # One that did not end would be waited for without end.
 
 
 @pytest.fixture(scope="module")
