@@ -48,7 +48,8 @@ def executed(notebook: NotebookNode) -> list[NotebookNode]:
     assert kernel.kernel_spec.argv[0] == sys.executable
     # Jupyter starts a kernel in the folder of its notebook.
     place = {"metadata": {"path": str(FOLDER)}}
-    NotebookClient(run, km=kernel, timeout=600, resources=place).execute(cleanup_kc=True)
+    # Long enough for a cell that trains on a busy machine; only one that hangs takes an hour.
+    NotebookClient(run, km=kernel, timeout=3600, resources=place).execute(cleanup_kc=True)
     return [cell for cell in run.cells[1:] if cell.cell_type == "code"]
 
 
