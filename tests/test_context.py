@@ -348,14 +348,23 @@ def test_a_template_without_placeholders_is_itself() -> None:
     assert fill("Prefer A.") == "Prefer A."
 
 
-def test_metadata_goes_before_configurable_before_runtime() -> None:
+@pytest.mark.parametrize("runtime", [{"a": "runtime"}, SimpleNamespace(a="runtime")])
+def test_a_request_cannot_replace_what_the_application_says_of_its_user(runtime: object) -> None:
     context = InstructionContext(
         query="q",
-        metadata={"a": "metadata"},
-        configurable={"a": "configurable", "b": "configurable"},
-        runtime_context={"a": "runtime", "b": "runtime", "user-id": "runtime"},
+        metadata={"a": "metadata", "b": "metadata"},
+        configurable={"a": "configurable", "b": "configurable", "user-id": "configurable"},
+        runtime_context=runtime,
     )
-    assert derive_instruction("{a} {b} {user-id}", context) == "metadata configurable runtime"
+    assert derive_instruction("{a} {b} {user-id}", context) == "runtime metadata configurable"
+
+
+def test_a_request_cannot_fill_in_what_the_application_left_open() -> None:
+    context = InstructionContext(
+        query="q", metadata={"a": "metadata"}, runtime_context=SimpleNamespace(a=None)
+    )
+    with pytest.raises(InstructionError, match="absent or blank"):
+        derive_instruction("{a}", context)
 
 
 @dataclasses.dataclass(slots=True)

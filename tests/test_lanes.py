@@ -6,6 +6,7 @@ import copy
 import datetime as dt
 import math
 import sys
+from decimal import Decimal
 from importlib.resources import files
 from itertools import pairwise
 from random import Random
@@ -256,6 +257,22 @@ class Never(dt.datetime):
 )
 def test_what_a_table_marks_as_missing_is_left_out(missing) -> None:
     assert render_attributes({"a": missing, "b": 1}, ("a", "b"), TODAY) == "b: 1"
+
+
+def nested(depth: int) -> list[object]:
+    value: list[object] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**5000, [10**5000], nested(100_000), Decimal("sNaN")],
+    ids=["long", "long in a list", "nested", "signals"],
+)
+def test_a_value_that_has_no_text_is_left_out(value: object) -> None:
+    assert render_attributes({"a": value, "b": 1}, ("a", "b"), TODAY) == "b: 1"
 
 
 def test_an_array_is_a_value() -> None:

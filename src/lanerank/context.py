@@ -202,10 +202,11 @@ def derive_instruction(
 
     Args:
         instruction_from: A callable, or a template such as
-            `"The user works in {department}."`. Names are looked up in the metadata, then in the
-            configurable values, then in the runtime context (keys or public attributes). Values
-            are text, numbers, booleans or dates, and are inserted as they are: braces in them
-            mean nothing. `{{` and `}}` stand for braces.
+            `"The user works in {department}."`. Names are looked up in the runtime context (keys or
+            public attributes), then in the metadata, then in the configurable values: what the
+            application built itself goes before what a request may have brought. Values are text,
+            numbers, booleans or dates, and are inserted as they are: braces in them mean nothing,
+            but sentences in them become part of the instruction. `{{` and `}}` stand for braces.
         context: Where to look.
 
     Raises:
@@ -268,10 +269,12 @@ def _parse(template: str) -> list[tuple[str, str | None]]:
 
 def _look_up(name: str, context: InstructionContext) -> object:
     runtime = context.runtime_context
-    for mapping in (context.metadata, context.configurable, runtime):
+    if not isinstance(runtime, Mapping) and not name.startswith("_") and hasattr(runtime, name):
+        return getattr(runtime, name)
+    for mapping in (runtime, context.metadata, context.configurable):
         if isinstance(mapping, Mapping) and name in mapping:
             return mapping[name]
-    return None if name.startswith("_") else getattr(runtime, name, None)
+    return None
 
 
 def _names(context: InstructionContext) -> list[str]:

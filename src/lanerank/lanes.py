@@ -65,26 +65,35 @@ def render_attributes(
         today: If given, a value that is a date (or an ISO 8601 string) is followed by its age.
 
     Returns:
-        One line; the empty string if no field has a value. Values longer than 200 characters are
-        cut, because an attribute is a fact about a document and not another document, and a
+        One line; the empty string if no field has a value. A value that cannot be written as text,
+        as an integer of thousands of digits, counts as absent. Values longer than 200 characters
+        are cut, because an attribute is a fact about a document and not another document, and a
         semicolon in a value becomes a comma, because only fields are told apart by semicolons.
     """
     parts = []
     for field in fields:
         value = metadata.get(field)
-        if value is None or _is_nan(value):
-            continue
-        if isinstance(value, (list, tuple, set, frozenset)):
-            # Every item takes a character at least, so that no more of them are read.
-            value = ", ".join(map(str, islice(value, _MAX_ATTRIBUTE_CHARS)))
         # A value that brought its own separator could pass for another field.
-        text = " ".join(clean_text(str(value)).split()).translate(_SEMICOLONS)
+        text = " ".join(clean_text(_as_text(value)).split()).translate(_SEMICOLONS)
         if not text:
             continue
         date = _as_date(value) if today else None
         age = f" ({describe_age(date, today)})" if date and today else ""
         parts.append(f"{clean_text(field)}: {text[:_MAX_ATTRIBUTE_CHARS]}{age}")
     return "; ".join(parts)
+
+
+def _as_text(value: object) -> str:
+    """A value as text; blank where it is missing or has none."""
+    try:
+        if value is None or _is_nan(value):
+            return ""
+        if isinstance(value, (list, tuple, set, frozenset)):
+            # Every item takes a character at least, so that no more of them are read.
+            return ", ".join(map(str, islice(value, _MAX_ATTRIBUTE_CHARS)))
+        return str(value)
+    except Exception:  # noqa: BLE001 - one document must not be able to stop the ranking of all
+        return ""
 
 
 def _is_nan(value: object) -> bool:

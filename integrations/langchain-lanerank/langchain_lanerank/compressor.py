@@ -59,7 +59,8 @@ class RerankInput(TypedDict):
 
     query: str
     documents: Sequence[Document]
-    instruction: NotRequired[str | Instruction | None]
+    instruction: NotRequired[str | Instruction | Mapping[str, object] | None]
+    """A mapping has the parts of an `Instruction`, as JSON writes it."""
 
 
 def _check_template(derive: _InstructionFrom) -> _InstructionFrom:
@@ -428,4 +429,4 @@ def _unpack(values: RerankInput) -> tuple[Sequence[Document], str, InstructionLi
             f"the input has {', '.join(map(repr, sorted(map(str, unknown))))} besides 'query', "
             "'documents' and 'instruction'; pick these in the step before"
         )
-    return values["documents"], values["query"], values.get("instruction")
+    return values["documents"], values["query"], look_up(values, "instruction")

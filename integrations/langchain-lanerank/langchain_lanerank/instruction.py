@@ -17,8 +17,8 @@ class InstructionHandler(BaseCallbackHandler):
     """Carries an instruction in `config["callbacks"]`.
 
     A handler reaches every retriever below the call it is given to. It is not traced, and no JSON
-    can forge it, because it is a Python object. Of several the one added last counts. It listens
-    to nothing.
+    can forge it, because it is a Python object. Of several that hold an instruction the one added
+    last counts. It listens to nothing.
     """
 
     ignore_llm = True
@@ -46,7 +46,7 @@ def find_handler_instruction(callbacks: Callbacks, config: RunnableConfig) -> In
         InputError: If the callbacks are neither a list nor a manager.
     """
     for handler in (*_nearest_first(callbacks), *_nearest_first(config.get("callbacks"))):
-        if isinstance(handler, InstructionHandler):
+        if isinstance(handler, InstructionHandler) and handler.instruction:
             return handler.instruction
     return None
 

@@ -277,6 +277,8 @@ def test_the_handler_added_last_counts(fish, make_compressor: Make):
         lambda _: make_compressor().compress_documents(fish, "fish", [InstructionHandler("green")])
     )
     assert chain.invoke(None, {"callbacks": handlers})[0].id == "green"
+    handlers.append(InstructionHandler(""))
+    assert make_compressor().compress_documents(fish, "fish", handlers)[0].id == "blue"
     with pytest.raises(InputError, match="`instruction` must be"):
         InstructionHandler(["blue"])  # type: ignore[arg-type]  # the point of the test
 
@@ -522,6 +524,14 @@ async def test_the_runnable_composes(fish, make_compressor: Make):
     assert chain.get_graph().nodes
     schema = compressor.as_runnable().get_input_jsonschema()
     assert "documents" in json.dumps(schema)
+
+
+def test_the_runnable_takes_an_instruction_as_json_has_it(fish, make_compressor: Make):
+    values: Any = {"query": "fish", "documents": fish, "instruction": {"text": "blue"}}
+    assert make_compressor().as_runnable().invoke(values)[0].id == "blue"
+    values["instruction"] = {"txt": "blue"}
+    with pytest.raises(InputError, match="txt"):
+        make_compressor().as_runnable().invoke(values)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -119,6 +120,34 @@ async def gathered(retriever, give):
     """Concurrent calls in one loop, which must not see each other's instruction."""
     calls = [retriever.ainvoke("fish", give.config(colour)) for colour in COLOURS * 4]
     return dict(zip(COLOURS, (await asyncio.gather(*calls))[-2:], strict=True))
+
+
+LATER = "`stream`, `batch_as_completed`, read after the `with`"
+
+
+@call(LATER)
+def streamed_later(retriever, give):
+    chunks = retriever.stream("fish", give.config("green"))
+    [found] = contextvars.Context().run(list, chunks)
+    return {"green": found}
+
+
+@call(LATER)
+def batched_later(retriever, give):
+    answers = retriever.batch_as_completed(["fish"], [give.config("green")])
+    [(_, found)] = contextvars.Context().run(list, answers)
+    return {"green": found}
+
+
+@call(LATER)
+async def astreamed_later(retriever, give):
+    chunks = retriever.astream("fish", give.config("green"))
+
+    async def read() -> list[Documents]:
+        return [chunk async for chunk in chunks]
+
+    [found] = await asyncio.create_task(read(), context=contextvars.Context())
+    return {"green": found}
 
 
 @call("`batch`, each with its own config")
