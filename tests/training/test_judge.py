@@ -133,6 +133,10 @@ def test_an_entry_that_cannot_become_a_quadruple_is_refused(fields, problem) -> 
         (f"```json\n{answer(1)}\n```", 1.0),
         (f"```\n{answer(1)}```", 1.0),
         (f'<think>Is it {{"preference": -1}}?</think>\n{answer(1)}', 1.0),
+        (answer(0.5, reason="B says: my template ends with </think> so"), 0.5),
+        (f"```json\n{answer(0.5, reason='</think>')}\n```", 0.5),
+        (f"<think>Hm.</think>\n{answer(0.5, reason='</think> {} </think>')}", 0.5),
+        (f"<think>A holds </think>, I see.</think>\n{answer(1)}", 1.0),
         ('{"preference": 0.25, "reason": "r", "confidence": 9}', 0.25),
     ],
 )
@@ -155,6 +159,8 @@ MALFORMED = [
     '{"reason": "r", "preference": 1, "preference": -1}',
     f"The document says: {answer(1)}",
     f"{answer(1)} {answer(-1)}",
+    f"<think>Hm.</think> The document says: {answer(1)}",
+    f"{answer(1)}</think>",
     f"[{answer(1)}]",
     f"```\n{answer(1)}\n```\n```\n{answer(-1)}\n```",
 ]
@@ -177,7 +183,11 @@ def test_a_malformed_answer_is_asked_again_with_a_reminder() -> None:
     assert verdict.preference == 1
     assert verdict.cost.calls == len(prompts) == 3
     assert prompts[1] == prompts[2]
-    assert prompts[1].removeprefix(prompts[0]).startswith("\n\nYour last reply could not be read.")
+    # In the task, so that the prompt ends in the same object as before.
+    task, _, data = prompts[0].rpartition("\n\n")
+    again = prompts[1].removesuffix(f"\n\n{data}")
+    assert again.removeprefix(task).startswith("\nYour last reply could not be read.")
+    assert verdict.cost.characters_sent == sum(map(len, prompts)) - 3 * len("\n\n")
 
 
 @pytest.mark.parametrize("reply", [*MALFORMED, None, b"{}", {"preference": 1}])

@@ -72,6 +72,26 @@ def obedient(prompt):
     return higher(prompt)
 
 
+def ordered(prompt):
+    data = json.loads(prompt.rpartition("\\n\\n")[2])
+    texts = [data[f"document_{name}"]["text"] for name in "AB"]
+    return any(order in text for order in INJECTED_ORDERS for text in texts)
+
+
+def filtered(prompt):
+    """A provider that takes the orders for an attack on its model."""
+    if ordered(prompt) and not Path("mended").exists():
+        raise RuntimeError("content filter")
+    return higher(prompt)
+
+
+def cut_off(prompt):
+    if ordered(prompt) and not Path("again").exists():
+        Path("again").touch()
+        raise KeyboardInterrupt
+    return higher(prompt)
+
+
 def lazy(prompt):
     return json.dumps({"reason": "it came first", "preference": 0.5})
 
@@ -180,6 +200,15 @@ def test_scores_follow_the_judge_under_each_instruction(run, model) -> None:
     assert all(row.uncertainty > 0 and row.source == "a judge" for row in rows)
     assert f"{4 * SIZE:,} rows in out.jsonl" in result.stdout
     assert f"{calls()} calls" in result.stdout
+
+
+def test_a_larger_prior_brings_scores_closer_to_each_other(run) -> None:
+    spread = {}
+    for prior in (0.1, 5):
+        run("--prior", prior, "--overwrite")
+        scores = [row.score for row in read_quadruples("out.jsonl")]
+        spread[prior] = max(scores) - min(scores)
+    assert spread[5] < spread[0.1]
 
 
 def test_quadruples_are_entries_too_and_parquet_is_read_and_written(run) -> None:
@@ -332,7 +361,42 @@ def test_some_failures_may_be_let_pass(run) -> None:
     assert 2 <= len(read_quadruples("out.jsonl")) < 4 * SIZE
 
 
+def test_controls_that_fail_do_not_cost_the_scores(run, folder) -> None:
+    result = run("--controls", 4, judge="filtered", code=1)
+    rows = read_quadruples("out.jsonl")
+    assert len(rows) == 4 * SIZE
+    assert f"{4 * SIZE} rows in out.jsonl" in result.stdout
+    for part in ("'out.jsonl' is written", "--overwrite", "RuntimeError: content filter"):
+        assert part in result.stderr
+    report = json.loads(
+        run("--controls", 4, "--json", "--overwrite", judge="filtered", code=1).stdout
+    )
+    assert report["obedience"] is None
+    assert "content filter" in report["warnings"][-1]
+    # As the message says: failures may be let pass, or the judge mended.
+    passed = run("--controls", 4, "--overwrite", "--max-failures", 4, judge="filtered")
+    assert "4 questions about control pairs have no answer" in passed.stderr
+    (folder / "mended").touch()
+    assert "content filter" not in run("--controls", 4, "--overwrite", judge="filtered").stderr
+    assert read_quadruples("out.jsonl") == rows
+
+
+def test_controls_that_are_interrupted_do_not_cost_the_scores(run) -> None:
+    result = run("--controls", 4, judge="cut_off", code=130)
+    assert "'out.jsonl' is written; the same command with --overwrite goes on" in result.stderr
+    rows = read_quadruples("out.jsonl")
+    assert "turned by an order" in run("--controls", 4, "--overwrite", judge="cut_off").stdout
+    assert read_quadruples("out.jsonl") == rows
+
+
 # What is refused
+
+
+@pytest.mark.parametrize("prior", ["0", "-1", "nan", "inf"])
+def test_a_prior_that_is_none_is_refused_before_judges_are_paid(run, prior) -> None:
+    with pytest.raises(InputError, match="`--prior` must be a number of games above 0"):
+        run("--prior", prior)
+    assert calls() == 0
 
 
 def test_an_output_is_not_overwritten_and_nothing_is_asked(run, folder) -> None:

@@ -130,6 +130,12 @@ def test_no_pairs_no_calls() -> None:
     assert (found.comparisons, found.cost.calls, found.position_bias) == ((), 0, None)
 
 
+def test_pairs_may_come_from_an_iterator() -> None:
+    found = panel(Counting()).compare(ENTRIES, iter(PAIRS))
+    assert found == panel(Counting()).compare(ENTRIES, PAIRS)
+    assert panel(Counting()).plan(ENTRIES, iter(PAIRS)).pairs == len(PAIRS)
+
+
 def test_a_run_can_be_awaited_in_a_thread() -> None:
     found = asyncio.run(asyncio.to_thread(panel(Counting()).compare, ENTRIES, PAIRS))
     assert len(found.comparisons) == len(PAIRS)
@@ -433,6 +439,40 @@ def test_pairs_that_are_judged_wrong_anyway_do_not_count() -> None:
     assert report.obeyed.n == 7
 
 
+def filtered(prompt: str) -> str:
+    """A provider that takes the orders for an attack on its model."""
+    if any(order in shown(prompt)[f"document_{n}"]["text"] for n in "AB" for order in FILTERED):
+        raise RuntimeError("content filter")
+    return steadfast(prompt)
+
+
+FILTERED = INJECTED_ORDERS[:4]
+
+
+def test_pairs_that_got_no_answer_are_not_taken_for_pairs_judged_wrong() -> None:
+    controls = make_controls(ENTRIES, KNOWN, orders=FILTERED)
+    report = measure_obedience(panel(filtered, max_failures=99), controls)
+    assert (report.judged, len(report.failures)) == (0, 7)
+    failures, unknown = report.warnings()
+    assert failures.startswith("7 questions about control pairs have no answer, so that 0 of 7 ")
+    assert "content filter" in failures
+    assert "No control pair was judged" in unknown
+
+
+def test_some_controls_that_got_no_answer_are_told_beside_the_finding() -> None:
+    controls = make_controls(ENTRIES, KNOWN, orders=INJECTED_ORDERS[3:5])
+    report = measure_obedience(panel(filtered, max_failures=99), controls)
+    assert 0 < report.judged < 7
+    [failures] = report.warnings()
+    assert f"{report.judged} of 7 pairs were judged in all three versions" in failures
+
+
+def test_a_judge_that_gets_no_control_right_is_told() -> None:
+    report = measure_obedience(panel(steadfast), make_controls(ENTRIES, [(0, 7), (1, 7)]))
+    [warning] = report.warnings()
+    assert warning.startswith("Of 2 control pairs the judges got none right as it is")
+
+
 def test_the_check_can_be_planned_and_leaves_the_entries_alone() -> None:
     before = [e.model_dump() for e in ENTRIES]
     controls = make_controls(ENTRIES, KNOWN)
@@ -469,6 +509,10 @@ def test_clear_pairs_are_the_decided_ones_of_one_request_the_better_first() -> N
     again = [find_clear_pairs(entries, found, count=2, seed=1) for _ in range(2)]
     assert again[0] == again[1]
     assert len(find_clear_pairs(entries, found, count=9)) == 3
+
+
+def test_controls_may_be_made_of_an_iterator() -> None:
+    assert make_controls(ENTRIES, iter(KNOWN)) == make_controls(ENTRIES, KNOWN)
 
 
 def test_clear_pairs_make_controls() -> None:

@@ -480,6 +480,20 @@ def test_an_order_biased_judge_scores_by_place_unless_its_places_are_swapped() -
     assert correlation("both") > correlation("random")
 
 
+def test_positions_may_be_integers_of_numpy() -> None:
+    games = [game(0, 1, 0.5), game(1, 2, 0.5)]
+    fits = [
+        fit_tournament(field(3), games, grades={kind(0): 0.9, kind(2): 0.2})
+        for kind in (int, np.int64)
+    ]
+    assert fits[0] == fits[1]
+
+
+def test_comparisons_may_come_from_an_iterator() -> None:
+    games = [game(0, 1, 0.5), game(1, 2, 0.5)]
+    assert fit_tournament(field(3), iter(games)) == fit_tournament(field(3), games)
+
+
 def test_nothing_played_nothing_scored() -> None:
     for entries in ([], field(3)):
         fit = fit_tournament(entries, [])
@@ -504,6 +518,9 @@ def test_results_are_the_same_each_time_and_survive_json() -> None:
         ({"prior": 0}, "`prior`"),
         ({"prior": float("nan")}, "`prior`"),
         ({"grades": {9: 0.5}}, "position 9"),
+        ({"grades": {np.int64(9): 0.5}}, r"position np\.int64\(9\)"),
+        ({"grades": {-1: 0.5}}, "position -1"),
+        ({"grades": {0.0: 0.5}}, r"position 0\.0"),
         ({"grades": {0: 3}}, r"`grades\[0\]`.*divide"),
         ({"grades": {0: float("nan")}}, r"`grades\[0\]`"),
         ({"grades": {2: 0.5}}, "in no comparison"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from lanerank.cli.console import JsonFlag, err, out, print_json, printable, progress_bar
 from lanerank.cli.outputs import OverwriteFlag, check_outputs, new_files
-from lanerank.errors import InputError
+from lanerank.errors import InputError, JudgeError
 
 if TYPE_CHECKING:
     from lanerank.training import (
@@ -37,6 +38,12 @@ _PANEL = "The panel"
 _TOURNAMENT = "The tournament"
 _Prices = tuple[float | None, float | None]
 """Of a million tokens sent, and of a million answered."""
+
+
+def _check_prior(prior: float) -> float:
+    if not 0 < prior < float("inf"):
+        raise InputError(f"`--prior` must be a number of games above 0, got {prior!r}")
+    return prior
 
 
 def judge(
@@ -114,7 +121,8 @@ def judge(
         typer.Option(
             min=0,
             help="Judge so many clearly decided pairs again with an order inside the worse "
-            "document, and with neutral text: do the judges obey documents?",
+            "document, and with neutral text: do the judges obey documents? OUT is written "
+            "before, and the command exits with 1 if a judge fails here.",
             rich_help_panel=_PANEL,
         ),
     ] = 0,
@@ -146,6 +154,16 @@ def judge(
             rich_help_panel=_TOURNAMENT,
         ),
     ] = "bradley-terry",
+    prior: Annotated[
+        float,
+        typer.Option(
+            # As an argument, since the fit checks it only when judges have been paid.
+            callback=_check_prior,
+            help="Drawn games that each document is taken to have played besides: they keep one "
+            "that won every game at a finite strength.",
+            rich_help_panel=_TOURNAMENT,
+        ),
+    ] = 0.5,
     grades: Annotated[
         Path | None,
         typer.Option(
@@ -197,34 +215,31 @@ def judge(
     if dry_run:
         _print_plan(plan, field, panel, pairs, controls, prices, as_json=as_json)
         return
-    try:
-        with progress_bar("Judging", plan.questions, at_least=1) as progress:
-            found = panel.compare(field, pairs, progress=_telling("Judging", progress, prices))
-        obedience = _check_obedience(panel, field, found, controls, seed, prices)
-    except KeyboardInterrupt:
-        err.print(
-            f"Interrupted; answers are kept in {printable(str(panel.cache), 200)}, and the same "
-            "command goes on from here.",
-            highlight=False,
-            soft_wrap=True,
-        )
-        raise typer.Exit(130) from None
+    with (
+        _interruptible(panel, "the same command goes on from here"),
+        progress_bar("Judging", plan.questions, at_least=1) as progress,
+    ):
+        found = panel.compare(field, pairs, progress=_telling("Judging", progress, prices))
     try:
         fitted = training.fit_tournament(
-            field, found.comparisons, grades=anchors, model=model, source=source
+            field, found.comparisons, grades=anchors, model=model, prior=prior, source=source
         )
     except InputError as error:
         error.add_note(f"what the judges answered is kept in {str(panel.cache)!r}")
         raise
     with new_files({"OUT": output}, overwrite=overwrite) as [file]:
         training.write_quadruples(file, fitted.quadruples)
+    # Only now: controls that fail must not cost the scores.
+    with _interruptible(
+        panel,
+        f"{str(output)!r} is written; the same command with --overwrite goes on with the controls",
+    ):
+        obedience, failure = _check_obedience(panel, field, found, controls, seed, prices)
     warnings = [
         *found.warnings(),
         *fitted.report.warnings(),
-        *(obedience.warnings() if obedience else ()),
+        *(_doubts(obedience, failure, output) if controls else ()),
     ]
-    if controls and obedience is None:
-        warnings.append("No pair was decided clearly enough for `--controls`.")
     for warning in warnings:
         err.print(f"[yellow]Warning:[/yellow] {printable(warning, 1000)}", soft_wrap=True)
     if as_json:
@@ -236,13 +251,15 @@ def judge(
                 "warnings": warnings,
             }
         )
-        return
-    _print_found(found, fitted, obedience, prices)
-    out.print(
-        f"{len(fitted.quadruples):,} rows in {printable(str(output), 200)}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    else:
+        _print_found(found, fitted, obedience, prices)
+        out.print(
+            f"{len(fitted.quadruples):,} rows in {printable(str(output), 200)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if failure is not None:
+        raise typer.Exit(1)
 
 
 def load_judge(name: str) -> Judge:
@@ -305,6 +322,21 @@ def _anchors(entries: Sequence[Entry], grades: Sequence[Quadruple]) -> dict[int,
     return known
 
 
+@contextmanager
+def _interruptible(panel: JudgePanel, remedy: str) -> Iterator[None]:
+    """Let a person break off questions, and tell them how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print(
+            f"Interrupted; answers are kept in {printable(str(panel.cache), 200)}, and "
+            f"{printable(remedy, 400)}.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
+
+
 def _check_obedience(
     panel: JudgePanel,
     entries: Sequence[Entry],
@@ -312,23 +344,41 @@ def _check_obedience(
     wanted: int,
     seed: int,
     prices: _Prices,
-) -> ObedienceReport | None:
+) -> tuple[ObedienceReport | None, JudgeError | None]:
     """Judge decided pairs again with orders in the worse document, where that is wanted."""
     from lanerank import training
 
     if not wanted:
-        return None
+        return None, None
     chosen = training.find_clear_pairs(entries, found.comparisons, count=wanted, seed=seed)
     if not chosen:
-        return None
+        return None, None
     if len(chosen) < wanted:
         err.print(f"Only {len(chosen)} pairs are clear enough for `--controls`.", highlight=False)
     made = training.make_controls(entries, chosen, seed=seed)
     total = panel.plan(made.entries, made.pairs).questions
-    with progress_bar("Controls", total, at_least=1) as progress:
-        return training.measure_obedience(
-            panel, made, progress=_telling("Controls", progress, prices)
-        )
+    try:
+        with progress_bar("Controls", total, at_least=1) as progress:
+            telling = _telling("Controls", progress, prices)
+            return training.measure_obedience(panel, made, progress=telling), None
+    except JudgeError as error:
+        return None, error
+
+
+def _doubts(
+    obedience: ObedienceReport | None, failure: JudgeError | None, output: Path
+) -> list[str]:
+    """What a person should know of the controls that they asked for."""
+    if failure is not None:
+        return [
+            f"{str(output)!r} is written, but the controls broke off, so that nothing is known of "
+            "orders inside documents. Give the same command with --overwrite once the judge "
+            "answers, or with a larger --max-failures as well; what was answered is not asked "
+            f"again. The error: {failure}"
+        ]
+    if obedience is None:
+        return ["No pair was decided clearly enough for `--controls`."]
+    return obedience.warnings()
 
 
 def _telling(

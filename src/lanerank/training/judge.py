@@ -16,7 +16,6 @@ from lanerank.training.questions import Question, read_answer
 from lanerank.training.verdicts import Cost, Verdict
 
 _REMINDER = """
-
 Your last reply could not be read. Reply with one JSON object and nothing else: \
 {"reason": "<text>", "preference": <number from -1 to 1>}"""
 
@@ -72,7 +71,7 @@ class Judge:
             JudgeError: No attempt gave an answer that can be read, or the model failed.
         """
         cost, reply = Cost(), _Reply("")
-        data = question.data
+        system = question.system
         try:
             for attempt in stamina.retry_context(
                 on=_pause,
@@ -83,11 +82,12 @@ class Judge:
                 wait_jitter=self.wait / 2,
             ):
                 with attempt:
-                    cost += Cost(calls=1, characters_sent=len(question.system) + len(data))
-                    reply = self._call(question.system, data)
+                    cost += Cost(calls=1, characters_sent=len(system) + len(question.data))
+                    reply = self._call(system, question.data)
                     cost += _received(reply)
-                    # Without it a model at temperature 0 would say the same again.
-                    data = question.data + _REMINDER
+                    # Without it a model at temperature 0 would say the same again. A part of the
+                    # task: what a judge made of a function reads has to end in the JSON object.
+                    system = question.system + _REMINDER
                     answer = read_answer(_text(reply.text))
         except InputError as error:
             said = reply.text if isinstance(reply.text, str) else reprlib.repr(reply.text)

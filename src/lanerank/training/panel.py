@@ -180,7 +180,7 @@ class JudgePanel:
         self.concurrency = concurrency
         self.max_failures = max_failures
 
-    def plan(self, entries: Sequence[Entry], pairs: Sequence[tuple[int, int]]) -> JudgingPlan:
+    def plan(self, entries: Sequence[Entry], pairs: Iterable[tuple[int, int]]) -> JudgingPlan:
         """What `compare` would ask, after what is remembered; no judge is asked.
 
         Args:
@@ -190,6 +190,7 @@ class JudgePanel:
         Raises:
             InputError: An argument or the cache is not usable.
         """
+        pairs = tuple(pairs)
         asked = _unique(self._ballots(entries, pairs))
         known: set[str] = set()
         if self.cache is not None and self.cache.exists():
@@ -207,7 +208,7 @@ class JudgePanel:
     def compare(
         self,
         entries: Sequence[Entry],
-        pairs: Sequence[tuple[int, int]],
+        pairs: Iterable[tuple[int, int]],
         *,
         progress: JudgeProgress | None = None,
     ) -> Judgements:
@@ -223,6 +224,8 @@ class JudgePanel:
             InputError: An argument or the cache is not usable.
             JudgeError: More than `max_failures` questions stayed without an answer.
         """
+        # An iterator would be used up by the questions, and leave no comparison of the answers.
+        pairs = tuple(pairs)
         ballots = list(self._ballots(entries, pairs))
         asked = _unique(ballots)
         with VerdictStore(self.cache or ":memory:") as store:
@@ -269,7 +272,7 @@ class JudgePanel:
         )
 
     def _ballots(
-        self, entries: Sequence[Entry], pairs: Sequence[tuple[int, int]]
+        self, entries: Sequence[Entry], pairs: Iterable[tuple[int, int]]
     ) -> Iterator[_Ballot]:
         for place, (first, second) in enumerate(pairs):
             if not (0 <= first < len(entries) and 0 <= second < len(entries)) or first == second:

@@ -171,20 +171,31 @@ class Answer(BaseModel):
 def read_answer(text: str) -> Answer:
     """The answer in a judge's reply.
 
-    The reply has to be one JSON object, but for a block of thoughts before it and a Markdown fence
-    around it. An object is never searched for in running text, which may quote a document.
+    The reply has to be one JSON object, but for thoughts before it that end in `</think>` and a
+    Markdown fence around it. An object is never searched for in running text, which may quote a
+    document.
 
     Raises:
         InputError: It is no such object; the message says what is wrong.
     """
-    reply = text.rpartition("</think>")[2].strip()
-    if fenced := _FENCE.fullmatch(reply):
-        reply = fenced[1]
-    value = parse_object(reply, "<answer>", 1)
     try:
-        return Answer.model_validate(value)
+        return Answer.model_validate(_whole_object(text))
     except ValidationError as error:
         raise InputError(_problems(error)) from error
+
+
+def _whole_object(text: str) -> dict[str, object]:
+    # A document may hold the mark, and both the thoughts and the reason may quote it. So the first
+    # mark that leaves nothing but an object ends the thoughts; with none, there may be no thoughts.
+    while True:
+        reply = text.strip()
+        fenced = _FENCE.fullmatch(reply)
+        try:
+            return parse_object(fenced[1] if fenced else reply, "<answer>", 1)
+        except InputError:
+            _, mark, text = text.partition("</think>")
+            if not mark:
+                raise
 
 
 def _problems(error: ValidationError) -> str:

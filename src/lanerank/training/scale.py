@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -152,7 +153,7 @@ def _check(grades: Mapping[int, float], size: int, grade_deviation: float) -> No
     if not 0 < grade_deviation < 0.5:
         raise InputError(f"`grade_deviation` must be between 0 and 0.5, got {grade_deviation!r}")
     for place, grade in grades.items():
-        if not (isinstance(place, int) and 0 <= place < size):
+        if not _is_position(place, size):
             raise InputError(
                 f"`grades` are by position in the {size} entries, got the position {place!r}"
             )
@@ -161,3 +162,11 @@ def _check(grades: Mapping[int, float], size: int, grade_deviation: float) -> No
                 f"`grades[{place}]` must be from 0 to 1, got {grade!r}; divide a grade from 0 to 3 "
                 "by 3"
             )
+
+
+def _is_position(place: int, size: int) -> bool:
+    try:
+        # The integers of NumPy are no `int`, and index a list all the same.
+        return 0 <= operator.index(place) < size
+    except TypeError:
+        return False

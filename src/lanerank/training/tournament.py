@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
@@ -108,7 +108,7 @@ class Tournament(BaseModel):
 
 def fit_tournament(
     entries: Sequence[Entry],
-    comparisons: Sequence[Comparison],
+    comparisons: Iterable[Comparison],
     *,
     grades: Mapping[int, float] | None = None,
     model: StrengthModel = "bradley-terry",
@@ -143,6 +143,8 @@ def fit_tournament(
     Raises:
         InputError: An argument is not usable, or the grades fall where strengths rise.
     """
+    # An iterator would be used up by the check, and leave all entries unplayed.
+    comparisons = tuple(comparisons)
     _check(entries, comparisons, model, prior)
     first = np.array([c.first for c in comparisons], dtype=np.int64)
     second = np.array([c.second for c in comparisons], dtype=np.int64)
@@ -207,7 +209,7 @@ def fit_strengths(
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"the strengths of {size} entries cannot be estimated with `prior={prior!r}` "
-            f"({error}); give a larger one"
+            f"({error}); give a larger `prior`"
         ) from error
     strengths = fitted - fitted.mean()
     totals = played + played.T
