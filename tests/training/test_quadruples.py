@@ -181,7 +181,15 @@ INVALID = {
     "kind": ({**LINE, "kind": "persona"}, "`kind`: Input should be"),
     "kind none": ({**LINE, "kind": "none"}, "kind 'none' takes no instruction"),
     "kind without": ({**LINE, "instruction": None, "kind": "recency"}, "kind 'recency' needs an"),
-    "weight": ({**LINE, "weight": 0}, "`weight`: Input should be greater than 0, got 0"),
+    "weight": (
+        {**LINE, "weight": 0},
+        "`weight`: Input should be greater than or equal to 0.000001",
+    ),
+    "weight beyond float32": (
+        {**LINE, "weight": 1e39},
+        "`weight`: Input should be less than or equal to 1000000, got 1e+39",
+    ),
+    "weight that float32 rounds to 0": ({**LINE, "weight": 1e-50}, "`weight`: Input should be"),
     "weight infinite": (
         json.dumps(LINE)[:-1] + ', "weight": 1e999}',
         "`weight`: Input should be a",

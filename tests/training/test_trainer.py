@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 from lanerank import Document, Reranker
 from lanerank.cli import app
 from lanerank.contracts import Candidate, RerankRequest
-from lanerank.errors import FileFormatError, InputError, ModelLoadError
+from lanerank.errors import FileFormatError, InputError, ModelError, ModelLoadError
 from lanerank.evaluation.attacks import make_suite
 from lanerank.instruction import Instruction
 from lanerank.scoring.lane_encoder import LaneEncoderScorer
@@ -289,6 +289,7 @@ def test_the_report_says_what_happened(trained) -> None:
     assert [each.step for each in report.evaluations] == [20, 40, 60]
     best = max(report.evaluations, key=lambda each: each.selection)
     assert report.best_step == best.step
+    assert report.worse_than_start is None
     first, last = report.evaluations[0], report.evaluations[-1]
     assert sum(last.losses.values()) < sum(first.losses.values())
     assert set(first.losses) == {name for name in report.terms}
@@ -561,6 +562,90 @@ def test_bfloat16_trains_too(configure) -> None:
     assert weights(config.output)["head_output.weight"].dtype == torch.float32
 
 
+# What is measured on the way is the model as it is used
+
+
+@pytest.mark.parametrize("heard", ["some", "none"])
+def test_measures_leave_out_the_instructions_that_the_saved_model_leaves_out(
+    heard, configure, starts, tmp_path
+) -> None:
+    start = shutil.copytree(starts["lane_encoder"], tmp_path / "start")
+    fields = json.loads((start / "config.json").read_text())
+
+    def load(neutral_below: float) -> Reranker:
+        (start / "config.json").write_text(json.dumps(fields | {"neutral_below": neutral_below}))
+        return Reranker.from_pretrained(start, device="cpu", dtype="float32")
+
+    scorer = load(0.0).scorer
+    asked = {(row.instruction, row.query) for row in task(HELD_OUT) if row.instruction}
+    with torch.inference_mode():
+        strengths = sorted(
+            scorer.model.strength(scorer.trusted_lanes(*each)).sigmoid().item() for each in asked
+        )
+    below = sum(strengths[2:4]) / 2 if heard == "some" else 1.0
+    used = measure_development(load(below), task(HELD_OUT))
+    assert (used.flip_accuracy.value == 0) is (heard == "none")
+    told: list[float] = []
+    report = train(
+        configure(
+            model=str(start),
+            steps=2,
+            evaluate_every=1,
+            learning_rate=1e-12,
+            head_learning_rate=1e-12,
+        ),
+        on_evaluation=lambda step, found: told.append(found.flip_accuracy.value),
+    )
+    assert report.before.ndcg == used.ndcg
+    assert report.before.flip_accuracy == used.flip_accuracy
+    assert report.before.brier.value == pytest.approx(used.brier.value, abs=1e-5)
+    assert told == [used.flip_accuracy.value] * 3
+    assert report.worse_than_start is None
+
+
+# A run that fails
+
+
+@pytest.mark.parametrize(
+    ("every", "message", "kept"),
+    [
+        (1, r"at step 2 12 of 16 scores on `dev`", ["checkpoint-1", "run.json"]),
+        (9, r"at step 3 the loss `\w+` is (nan|inf)", ["run.json"]),
+    ],
+)
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(
+    every, message, kept, configure
+) -> None:
+    # The rate is 0 in the first step, so that the second ruins the weights.
+    config = configure(learning_rate=1e30, steps=9, evaluate_every=every)
+    with pytest.raises(ModelError, match=rf"{message}.*Lower `learning_rate` \(1e\+30\)"):
+        train(config)
+    assert sorted(path.name for path in (config.output / "checkpoints").iterdir()) == kept
+    assert list(config.output.iterdir()) == [config.output / "checkpoints"]
+    lower = config.model_copy(update={"learning_rate": 1e-3})
+    if every == 1:
+        with pytest.raises(InputError, match="another `learning_rate`"):
+            train(lower)
+    assert train(lower, restart=every == 1).steps == 9
+
+
+def test_a_start_that_gives_no_numbers_is_refused(configure, starts, tmp_path) -> None:
+    # A strength that is NaN must not pass for one that is too small to count.
+    start = shutil.copytree(starts["lane_encoder"], tmp_path / "start")
+    ruined = weights(start)
+    ruined["strength_output.bias"].fill_(float("nan"))
+    save_file(ruined, start / "model.safetensors", metadata={"format": "pt"})
+    scorer = Reranker.from_pretrained(start).scorer
+    fish = (Candidate(text="fish"),)
+    plain = scorer.score(RerankRequest(query="fish", candidates=fish))
+    instructed = scorer.score(RerankRequest(query="fish", candidates=fish, instruction=RED))
+    assert [math.isnan(each.values[0]) for each in (plain, instructed)] == [False, True]
+    config = configure(model=str(start))
+    with pytest.raises(ModelError, match=r"`model` '\S+start': 12 of 16 scores on `dev`"):
+        train(config)
+    assert not any(path.is_file() for path in config.output.rglob("*"))
+
+
 # Early stopping, and what a folder holds
 
 
@@ -640,6 +725,29 @@ def test_an_interrupted_run_goes_on_only_as_it_began(configure, data, tmp_path) 
     with pytest.raises(InputError, match="another `train` or `dev`"):
         train(configure(steps=6, evaluate_every=2, train=[other]))
     assert train(configure(steps=6, evaluate_every=2, calibrate="none")).steps == 6
+
+
+@pytest.mark.parametrize("field", ["model", "contract"])
+def test_an_interrupted_run_goes_on_only_from_its_start(field, starts, configure, tmp_path) -> None:
+    folder = shutil.copytree(starts["causal_lm"], tmp_path / "start")
+    contract = shutil.copy(folder / "lanerank.json", tmp_path / "contract.json")
+    config = configure(
+        "causal_lm", model=str(folder), contract=str(contract), steps=4, evaluate_every=2
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train(config, progress=interrupt_at(3))
+    changed = contract if field == "contract" else folder / "model.safetensors"
+    as_it_was = changed.read_bytes()
+    if field == "contract":
+        changed.write_bytes(as_it_was.replace(b"anything", b"whatever"))
+    else:
+        save_file({name: each * 0 for name, each in weights(folder).items()}, changed)
+    with pytest.raises(InputError, match=f"another `{field}`; put that back"):
+        train(config)
+    changed.write_bytes(as_it_was)
+    # What it is called decides nothing.
+    moved = config.model_copy(update={"model": str(folder.rename(tmp_path / "moved"))})
+    assert train(moved).steps == 4
 
 
 @pytest.mark.parametrize("left", ["", '{"global_step": 6, "log_his'])
@@ -1068,6 +1176,23 @@ def test_the_command_trains_and_shows_the_gain(config_file) -> None:
     assert isinstance(again.exception, InputError)
     as_json = CliRunner().invoke(app, ["train", str(config_file), "--restart", "--json"])
     assert TrainingReport.model_validate_json(as_json.stdout).steps == 5
+
+
+def test_a_model_that_got_worse_is_saved_with_a_warning(config_file) -> None:
+    # What is right in training is wrong here.
+    turned = [row.model_copy(update={"score": 1 - row.score}) for row in task(HELD_OUT)]
+    write_quadruples(config_file.parent / "dev.jsonl", turned)
+    text = config_file.read_text().replace("steps = 5", "steps = 40\nlearning_rate = 5e-3")
+    config_file.write_text(text.replace("every = 2", "every = 40"))
+    result = CliRunner().invoke(app, ["train", str(config_file), "--json"])
+    assert result.exit_code == 0, result.output
+    report = TrainingReport.model_validate_json(result.stdout)
+    assert report.worse_than_start is not None
+    assert report.worse_than_start in result.stderr
+    assert "Lower the learning rate" in result.stderr
+    assert report.worse_than_start in report._repr_html_()
+    limits = (config_file.parent / "out" / "README.md").read_text().partition("## Limits")[2]
+    assert f"- {report.worse_than_start}\n" in limits
 
 
 def test_trainer_is_transformers_own() -> None:

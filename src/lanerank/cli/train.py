@@ -41,6 +41,13 @@ def train(
         report = trainer.train(
             settings, restart=restart, progress=progress, on_evaluation=_show_evaluation
         )
+    if report.worse_than_start:
+        err.print(
+            f"[yellow]{report.worse_than_start} Lower the learning rate, or look at the data "
+            "(`lanerank data check`), before you use it.[/yellow]",
+            highlight=False,
+            soft_wrap=True,
+        )
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
         return

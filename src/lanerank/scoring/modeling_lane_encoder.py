@@ -330,7 +330,8 @@ class LaneEncoder(PreTrainedModel):
             trusted: The trusted lanes of requests that have an instruction.
         """
         neutral_below: float = self.config.neutral_below
-        return self.strength(trusted).sigmoid() >= neutral_below
+        # A strength that is NaN counts: it shows in the scores, in place of hiding what is broken.
+        return ~(self.strength(trusted).sigmoid() < neutral_below)
 
     def score_candidates(
         self,

@@ -159,6 +159,8 @@ def _training(report: TrainingReport) -> str:
 def _limits(report: TrainingReport) -> list[str]:
     config, after = report.config, report.after
     limits = [*config.card.limits]
+    if report.worse_than_start:
+        limits.append(report.worse_than_start)
     limits += [
         f"The loss `{name}` had no data, so nothing was learnt from it."
         for name, count in report.terms.items()

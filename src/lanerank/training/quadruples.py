@@ -150,8 +150,9 @@ class Quadruple(Entry):
 
     score: Annotated[Number, Field(ge=0, le=1)]
     """From 0, not relevant, to 1, exactly what is wanted; the same scale for all rows."""
-    weight: Annotated[Number, Field(gt=0)] = 1.0
-    """How much the row counts in training, against 1 for the others."""
+    # Losses are sums in float32, in which pairs weigh the product of two rows.
+    weight: Annotated[Number, Field(ge=1e-6, le=1e6)] = 1.0
+    """How much the row counts in training, against 1 for the others; from 1e-6 to 1e6."""
     source: Text | None = None
     """Where the row comes from, such as a data set or a judge."""
     uncertainty: Annotated[Number, Field(ge=0)] | None = None

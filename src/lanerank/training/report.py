@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict
 
 from lanerank.calibration import Calibrator
 from lanerank.display import fragment, table
+from lanerank.errors import InputError
+from lanerank.evaluation.measures import Estimate
 from lanerank.evaluation.sections import headings, row, words
 from lanerank.training.config import TrainingConfig
 from lanerank.training.development import DevelopmentReport
@@ -71,15 +73,33 @@ class TrainingReport(BaseModel):
     not_calibrated: str | None
     """Why there is no calibrator, where one was asked for."""
 
+    @property
+    def worse_than_start(self) -> str | None:
+        """A sentence that says so, by what selects a checkpoint; `None` where it is not worse."""
+        start = selection(self.before, self.config)
+        best = max(each.selection for each in self.evaluations)
+        if best >= start:
+            return None
+        measure = {
+            "ndcg": "nDCG@10",
+            "flip_accuracy": "flip accuracy",
+            "both": "the mean of nDCG@10 and flip accuracy",
+        }[self.config.select_by]
+        return (
+            "On the development data the saved model is worse than the model that training began "
+            f"with: {measure} is {best:.4f}, and was {start:.4f}."
+        )
+
     def _repr_html_(self) -> str:
         """What training changed, for notebooks."""
         before = dict(self.before.rows_of_estimates())
         early = ", stopped early" if self.stopped_early else ""
+        worse = f" {self.worse_than_start}" if self.worse_than_start else ""
         return fragment(
             words(
                 f"{self.config.card.name or self.config.output.name}: {self.steps} steps{early}, "
                 f"saved the weights of step {self.best_step}; {self.rows} rows of {self.queries} "
-                "queries."
+                f"queries.{worse}"
             ),
             table(
                 headings(("measure", "before", "after", "n")),
@@ -93,3 +113,23 @@ class TrainingReport(BaseModel):
                 f"chose the weights too. Intervals: {self.after.interval}."
             ),
         )
+
+
+def selection(report: DevelopmentReport, config: TrainingConfig) -> float:
+    """The value by which checkpoints are compared.
+
+    Raises:
+        InputError: The development data do not give it.
+    """
+    names = ("ndcg", "flip_accuracy") if config.select_by == "both" else (config.select_by,)
+    values: list[Estimate | None] = [getattr(report, name) for name in names]
+    if None in values:
+        lacking = {
+            "ndcg": "two documents of one query under one instruction, of which one is relevant",
+            "flip_accuracy": "a document whose score differs between two instructions",
+        }[names[values.index(None)]]
+        raise InputError(
+            f"`select_by` is {config.select_by!r}, and `dev` nowhere has {lacking}; add such rows "
+            "or select by something else"
+        )
+    return sum(value.value for value in values if value) / len(values)

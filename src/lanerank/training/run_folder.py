@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lanerank.calibration import CALIBRATION_FILE
 from lanerank.errors import InputError
 from lanerank.template import LOCAL_CONTRACT
 from lanerank.training.card import CARD_FILE
-from lanerank.training.config import TrainingConfig
+from lanerank.training.config import EMBEDDED_MODEL, TrainingConfig
 from lanerank.training.report import REPORT_FILE, DataFile
 
 CHECKPOINTS = "checkpoints"
@@ -24,7 +25,7 @@ STATE_FILE = "trainer_state.json"
 """Where a checkpoint of `Trainer` says how far it is; written last."""
 _WITHOUT_EFFECT = ("output", "calibrate", "card")
 """Fields that may change between an interrupted run and its continuation."""
-_WRITTEN = (
+_MODEL_FILES = (
     *(
         "config.json",
         "generation_config.json",
@@ -32,9 +33,9 @@ _WRITTEN = (
         "model.safetensors.index.json",
     ),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
-    *("merges.txt", "chat_template.jinja", LOCAL_CONTRACT, CALIBRATION_FILE),
-    *(REPORT_FILE, CARD_FILE),
+    *("merges.txt", "chat_template.jinja", LOCAL_CONTRACT),
 )
+_WRITTEN = (*_MODEL_FILES, CALIBRATION_FILE, REPORT_FILE, CARD_FILE)
 
 
 def check_folder(config: TrainingConfig, data: Sequence[DataFile], *, restart: bool) -> Path | None:
@@ -113,7 +114,19 @@ def _run(config: TrainingConfig, data: Sequence[DataFile]) -> dict[str, Any]:
     if config.injection is not None:
         # What is injected decides about the weights, not what the file is called.
         fields["injection"]["attacks"] = digest(config.injection.attacks, "injection.attacks")
+    # So it is with what training starts from.
+    fields["model"] = _digests(config.model)
+    if config.contract is not None and config.contract.endswith(".json"):
+        fields["contract"] = digest(Path(config.contract), "contract")
     return {"config": fields, "data": [each.sha256 for each in data]}
+
+
+def _digests(model: str) -> dict[str, str]:
+    """The SHA-256 of each file of a starting model; none where there is no such folder."""
+    embedded = model == EMBEDDED_MODEL
+    folder = Path(str(files("lanerank"))) / "models" / model if embedded else Path(model)
+    found = {path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
+    return {path.name: digest(path, "model") for path in sorted(found)}
 
 
 def _steps(checkpoints: Path) -> dict[Path, int | None]:

@@ -13,8 +13,10 @@ none.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,10 +41,12 @@ from transformers.utils import logging as transformers_logging
 
 from lanerank.calibration import Calibrator
 from lanerank.checkpoint import load_scorer
-from lanerank.errors import InputError, MissingExtraError
+from lanerank.contracts import Lane
+from lanerank.errors import InputError, MissingExtraError, ModelError
 from lanerank.evaluation.attacks import read_attacks
-from lanerank.evaluation.measures import Estimate, FloatArray
+from lanerank.evaluation.measures import FloatArray
 from lanerank.reranker import Reranker
+from lanerank.scoring.modeling_lane_encoder import LaneEncoder, trust
 from lanerank.training.backends import Backend, load_backend
 from lanerank.training.card import write_card
 from lanerank.training.collate import Batch, GroupCollator, count_terms, losses_of
@@ -55,7 +59,13 @@ from lanerank.training.development import (
 )
 from lanerank.training.groups import Group, Row, add_attacks, make_groups
 from lanerank.training.quadruples import read_quadruples
-from lanerank.training.report import REPORT_FILE, DataFile, Evaluation, TrainingReport
+from lanerank.training.report import (
+    REPORT_FILE,
+    DataFile,
+    Evaluation,
+    TrainingReport,
+    selection,
+)
 from lanerank.training.run_folder import (
     CHECKPOINTS,
     STATE_FILE,
@@ -123,11 +133,19 @@ class GroupTrainer(Trainer):
         return_outputs: bool = False,  # noqa: FBT001, FBT002 - the signature of Trainer
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The weighted sum of the losses."""
+        """The weighted sum of the losses.
+
+        Raises:
+            ModelError: A loss is NaN or infinite.
+        """
         logits = self.backend.logits(model, inputs["inputs"])
         losses = losses_of(logits, cast("Batch", inputs), self.config.loss_weights)
         for name, loss in losses.items():
-            self._sums[name] = self._sums.get(name, 0.0) + loss.item()
+            value = loss.item()
+            if not math.isfinite(value):
+                # Before the gradient, which would make every weight NaN.
+                raise self._diverged(self.state.global_step + 1, f"the loss `{name}` is {value}")
+            self._sums[name] = self._sums.get(name, 0.0) + value
         self._batches += 1
         total = torch.stack(list(losses.values())).sum()
         return (total, logits) if return_outputs else total
@@ -138,7 +156,11 @@ class GroupTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Measure the model on the development groups, whatever data set is given."""
+        """Measure the model on the development groups, whatever data set is given.
+
+        Raises:
+            ModelError: As for `measure`.
+        """
         report = self.measure(calibration=False)
         metrics = {_SELECTION: selection(report, self.config)}
         metrics |= {
@@ -155,10 +177,18 @@ class GroupTrainer(Trainer):
 
     @torch.no_grad()
     def measure(self, *, calibration: bool = True) -> DevelopmentReport:
-        """The measures of the model as it is; see `DevelopmentReport`."""
+        """The measures of the model as it would be used; see `DevelopmentReport`.
+
+        Raises:
+            ModelError: A score is NaN or infinite.
+        """
         nn.Module.eval(self.backend.model)
         scores = [self._scores(group) for group in self.development]
-        return measure_groups(self.development, scores, calibration=calibration)
+        report = measure_groups(self.development, scores, calibration=calibration)
+        if report.non_finite:
+            what = f"{report.non_finite} of {report.rows} scores on `dev` are NaN or infinite"
+            raise self._diverged(self.state.global_step, what)
+        return report
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: groups have no length in tokens that `Trainer` could read."""
@@ -169,11 +199,44 @@ class GroupTrainer(Trainer):
         # As many at a time as fit in training, where gradients need room too.
         size = self.config.groups_per_batch * self.config.documents_per_group
         for start in range(0, len(group.rows), size):
-            inputs = self._prepare_inputs(self.backend.inputs(group.rows[start : start + size]))
             with self.compute_loss_context_manager():
+                rows = self._heard(group.rows[start : start + size])
+                inputs = self._prepare_inputs(self.backend.inputs(rows))
                 logits = self.backend.logits(self.backend.model, inputs)
             scores.append(logits.double().sigmoid().cpu().numpy())
         return np.concatenate(scores)
+
+    def _heard(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The rows without the instructions that the model, when it is used, leaves out."""
+        model = self.backend.model
+        instructed = [row for row in rows if row.instruction]
+        if not isinstance(model, LaneEncoder) or not instructed:
+            return rows
+        inputs = self._prepare_inputs(self.backend.inputs(instructed))
+        instruction, query = inputs["instruction_ids"], inputs["query_ids"]
+        pad = model.config.pad_token_id
+        above = model.encode_trusted(Lane.INSTRUCTION, instruction, instruction != pad)
+        trusted = trust(model.encode_trusted(Lane.QUERY, query, query != pad, above), above)
+        counts = iter(model.counts(trusted)[inputs["group"]].tolist())
+        return [
+            row if not row.instruction or next(counts) else replace(row, instruction="")
+            for row in rows
+        ]
+
+    def _diverged(self, step: int, what: str) -> ModelError:
+        if not step:
+            return ModelError(
+                f"`model` {self.config.model!r}: {what} before training; start from another model"
+            )
+        body, head = self.config.rates
+        rates = f"`learning_rate` ({body:g})"
+        if self.config.kind != "causal_lm":
+            rates += f" or `head_learning_rate` ({head:g})"
+        return ModelError(
+            f"at step {step} {what}: training diverged. Lower {rates}, or look for odd rows in "
+            "`train` (`lanerank data check`); then give a new folder or restart (`--restart`). "
+            "The checkpoints of earlier steps are kept."
+        )
 
 
 @contextmanager
@@ -218,10 +281,11 @@ def train(
         The report, as in `training.json`.
 
     Raises:
-        InputError: The data or the folder cannot be used, or a run with another configuration or
-            other data was interrupted there.
+        InputError: The data or the folder cannot be used, or a run with another configuration,
+            other data or another starting model was interrupted there.
         MissingExtraError: A package is missing.
         ModelLoadError: The starting model cannot be loaded.
+        ModelError: A loss or a score is NaN or infinite, so that there is nothing to save.
     """
     _require("accelerate", "sklearn")
     checkpoints = config.output / CHECKPOINTS
@@ -297,26 +361,6 @@ def train(
     (config.output / REPORT_FILE).write_text(f"{text}\n", encoding="utf-8")
     delete_checkpoints(config.output)
     return report
-
-
-def selection(report: DevelopmentReport, config: TrainingConfig) -> float:
-    """The value by which checkpoints are compared.
-
-    Raises:
-        InputError: The development data do not give it.
-    """
-    names = ("ndcg", "flip_accuracy") if config.select_by == "both" else (config.select_by,)
-    values: list[Estimate | None] = [getattr(report, name) for name in names]
-    if None in values:
-        lacking = {
-            "ndcg": "two documents of one query under one instruction, of which one is relevant",
-            "flip_accuracy": "a document whose score differs between two instructions",
-        }[names[values.index(None)]]
-        raise InputError(
-            f"`select_by` is {config.select_by!r}, and `dev` nowhere has {lacking}; add such rows "
-            "or select by something else"
-        )
-    return sum(value.value for value in values if value) / len(values)
 
 
 class _Groups(Dataset[Group]):
