@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import json
 import math
@@ -13,6 +14,7 @@ import tempfile
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -290,6 +292,20 @@ def test_the_file_is_json_for_people(tmp_path) -> None:
     assert content == {**PLATT, "note": "kinds: none, glossary"}
 
 
+def test_a_file_that_cannot_be_written_whole_leaves_the_earlier_one(tmp_path, monkeypatch) -> None:
+    Calibrator(**STEPS).save(tmp_path)
+
+    def half(path: Path, text: str, **_: object) -> None:
+        path.write_bytes(text[:20].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(InputError, match="No space left"):
+        Calibrator(**PLATT).save(tmp_path)
+    assert Calibrator.load(tmp_path) == Calibrator(**STEPS)
+    assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
+
+
 def test_saving_replaces_an_earlier_file(tmp_path) -> None:
     Calibrator(**STEPS).save(tmp_path)
     Calibrator(**PLATT).save(str(tmp_path))
@@ -534,6 +550,21 @@ def test_a_wrapped_scorer_scores_requests_together_as_the_scorer_can() -> None:
     )
     assert first == last == calibrator.wrap(Fixed(answer)).score(asked)
     assert isinstance(bad, InputError)
+
+
+def test_scores_that_cannot_be_calibrated_do_not_cost_those_of_other_requests() -> None:
+    class Odd(Many):
+        def score_many(self, requests, *, return_exceptions=False):
+            return [Scores((1.5,)) if r.query == "odd" else self.answer for r in requests]
+
+    wrapped = Calibrator(**PLATT).wrap(Odd(Scores((0.5,))))
+    asked = request("a")
+    several = [asked, replace(asked, query="odd"), asked]
+    first, odd, last = wrapped.score_many(several, return_exceptions=True)
+    assert first == last
+    assert isinstance(odd, ScorerError)
+    with pytest.raises(ScorerError, match="cannot be calibrated"):
+        wrapped.score_many(several)
 
 
 def test_a_wrapped_scorer_is_let_go_with_its_wrapper() -> None:

@@ -42,6 +42,7 @@ from lanerank import (
 from lanerank.cli import app
 from lanerank.contracts import RerankRequest, Scores
 from lanerank.distributed import rank_dataset
+from lanerank.distributed.plan import digest
 from lanerank.testing import OverlapScorer, ScriptedScorer
 
 # Ray sets attributes of its own that it calls deprecated.
@@ -789,6 +790,18 @@ def test_other_settings_are_refused(lists, out, tiny_model_folder, change, said)
         rank_dataset(lists, out, **{**options, **change})
     assert said in str(caught.value)
     assert contents(out) == before
+
+
+def test_a_model_with_other_middle_layers_is_another(tmp_path) -> None:
+    weights = tmp_path / "model.safetensors"
+    content = bytearray(bytes(range(256)) * 32_000)
+    weights.write_bytes(content)
+    before = digest(tmp_path)
+    assert digest(tmp_path) == before
+    quarter = len(content) // 4
+    content[quarter : 2 * quarter] = bytes(quarter)
+    weights.write_bytes(content)
+    assert digest(tmp_path) != before
 
 
 def test_another_model_in_the_same_folder_is_refused(lists, out, tmp_path, tiny_model_folder):

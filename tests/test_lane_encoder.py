@@ -645,7 +645,9 @@ def test_an_instruction_of_little_strength_leaves_scores_exactly_as_without_it(m
         alone = scorer.score(each)
         plain = scorer.score(dataclasses.replace(each, instruction=""))
         neutral = (each.instruction, each.query) in by_strength[:6]
-        assert (alone == plain) is neutral
+        assert ((alone.values, alone.truncated) == (plain.values, plain.truncated)) is neutral
+        assert alone.neutral is among.neutral is neutral
+        assert not plain.neutral
         assert among.values == pytest.approx(alone.values, abs=CLOSE)
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -333,6 +334,13 @@ def test_an_instruction_changes_the_scores_of_a_model_that_reads_it(tiny) -> Non
 # Models without an instruction channel
 
 
+def test_the_names_of_columns_are_no_documents(recording) -> None:
+    table = pd.DataFrame({"text": ["a", "b"], "id": ["1", "2"]})
+    with pytest.raises(InputError, match=r"DataFrame with columns; .*to_dict\('records'\)"):
+        Reranker(recording).rank("q", table)
+    assert len(Reranker(recording).rank("q", table.to_dict("records"))) == 2
+
+
 def test_an_instruction_that_the_model_cannot_read_is_refused(recording) -> None:
     reranker = Reranker(replace(recording, supports_instructions=False))
     with pytest.raises(InstructionNotSupportedError, match="'recording' has no channel"):
@@ -608,6 +616,19 @@ def test_a_degraded_answer_is_told_in_the_ranking_and_was_not_instructed() -> No
     assert (ranking.degraded, ranking.instruction_applied) == ("away", "ignored")
     assert ranking.instruction_fingerprint == Instruction("prefer a").fingerprint
     assert asyncio.run(reranker.arank("q", ["b", "a"])).instruction_applied is None
+
+
+def test_an_instruction_that_the_model_left_out_is_told_in_the_ranking() -> None:
+    class Deaf(Recording):
+        def score(self, request: RerankRequest) -> Scores:
+            return replace(super().score(request), neutral=True)
+
+    ranking = Reranker(Deaf((0.1, 0.2))).rank("q", ["b", "a"], instruction="prefer b")
+    assert ranking.instruction_applied == "neutral"
+    assert ranking.instruction_fingerprint == Instruction("prefer b").fingerprint
+    assert "neutral" in ranking._repr_html_()
+    for none in (None, ""):
+        assert Reranker(Deaf((0.1,))).rank("q", ["a"], instruction=none).instruction_applied is None
 
 
 def test_arank_leaves_the_event_loop_free() -> None:

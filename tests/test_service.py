@@ -343,6 +343,15 @@ def test_results_may_be_bare_numbers_in_the_order_of_the_request() -> None:
             contract.read({"scores": [0.1, 1], "cut": cut}, 2)
 
 
+def test_a_service_can_tell_that_an_instruction_was_left_out() -> None:
+    contract = service_for("lanerank")
+    answer = {"results": [{"index": 0, "relevance_score": 0.5}], "meta": {"truncated": []}}
+    assert not contract.read(answer, 1).neutral
+    for applied in ("lane", "neutral"):
+        answer["meta"]["instruction"] = {"applied": applied}
+        assert contract.read(answer, 1).neutral is (applied == "neutral")
+
+
 @pytest.mark.parametrize(
     ("kind", "score", "value"),
     [

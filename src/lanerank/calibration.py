@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -232,13 +234,19 @@ class Calibrator(BaseModel):
         """
         path = Path(folder) / CALIBRATION_FILE
         text = self.model_dump_json(indent=2, exclude_none=True)
+        draft = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
         try:
-            path.write_text(text + "\n", encoding="utf-8")
+            draft.write_text(text + "\n", encoding="utf-8")
+            # Whole or not at all: with half a file the model could not be loaded any more.
+            draft.replace(path)
         except OSError as error:
             raise InputError(
                 f"`folder`: cannot write {str(path)!r} ({error.strerror}); give the existing "
                 "folder of a model"
             ) from error
+        finally:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
         return path
 
     @classmethod
@@ -313,10 +321,17 @@ def _score_many(
     *,
     return_exceptions: bool = False,
 ) -> list[Scores | LanerankError]:
-    return [
-        answer if isinstance(answer, LanerankError) else _calibrated(scorer, calibrator, answer)
-        for answer in scorer.score_many(requests, return_exceptions=return_exceptions)
-    ]
+    answers: list[Scores | LanerankError] = []
+    for answer in scorer.score_many(requests, return_exceptions=return_exceptions):
+        if isinstance(answer, Scores):
+            try:
+                answer = _calibrated(scorer, calibrator, answer)
+            except ScorerError as error:
+                if not return_exceptions:
+                    raise
+                answer = error
+        answers.append(answer)
+    return answers
 
 
 def _calibrated(scorer: Scorer, calibrator: Calibrator, scores: Scores) -> Scores:

@@ -133,7 +133,10 @@ def load_scorer(
         known=template is not None,
         code=trust_remote_code,
     )
-    label = folder.name if folder.exists() and Path(name).exists() else name
+    label = name
+    if folder.exists() and Path(name).exists():
+        # `.` and `..` say nothing of the folder.
+        label = folder.name if folder.name.strip(".") else folder.resolve().name
     if template is None and (folder / LOCAL_CONTRACT).is_file():
         template = read_contract(folder / LOCAL_CONTRACT)
         _refuse(name, template, options)

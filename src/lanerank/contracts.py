@@ -104,6 +104,8 @@ class Scores:
     degraded: str | None = None
     """Why nothing was scored, where a failure policy stands in for the scorer: the values are all
     the same and say nothing."""
+    neutral: bool = False
+    """Whether the model took the instruction for one that changes nothing, and left it out."""
 
 
 @runtime_checkable
@@ -188,10 +190,11 @@ class Ranking(BaseModel):
     """`Instruction.fingerprint` of the instruction that was applied; `None` without one."""
     instruction_source: str | None = None
     """Where the instruction came from (`"argument"`, `"use_instruction"`, ...); `None` without."""
-    instruction_applied: Literal["lane", "prepended", "ignored"] | None = None
-    """How the instruction reached the model; `None` without one. Anything but `"lane"` happens
-    only where the caller chose `on_unsupported` for a model without an instruction channel, or a
-    failure policy and the ranking is `degraded`."""
+    instruction_applied: Literal["lane", "neutral", "prepended", "ignored"] | None = None
+    """How the instruction reached the model; `None` without one. `"neutral"` says that the model
+    took it for one that changes nothing, so that it has not: where you wanted a change, say more of
+    what is wanted. The others happen only where the caller chose `on_unsupported` for a model
+    without an instruction channel, or a failure policy and the ranking is `degraded`."""
     non_finite: tuple[int, ...] = ()
     """Indexes whose score was NaN or infinite; they sort last, in input order."""
     degraded: str | None = None

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 OnUnsupported = Literal["raise", "prepend", "ignore"]
-Applied = Literal["lane", "prepended", "ignored"]
+Applied = Literal["lane", "neutral", "prepended", "ignored"]
 DocumentLike = str | Document | Mapping[str, object]
 Progress = Callable[[int, int], None]
 
@@ -308,6 +308,10 @@ class Reranker:
             )
         if scores.degraded is not None:
             log.warning("the input's order is kept, nothing was scored: %s", scores.degraded)
+        if applied and scores.degraded:
+            applied = "ignored"  # What was not scored was not instructed either.
+        elif applied == "lane" and scores.neutral:
+            applied = "neutral"
         cut = scores.truncated or (False,) * len(items)
         return Ranking(
             results=tuple(
@@ -317,9 +321,8 @@ class Reranker:
             query=query,
             model=self.scorer.name,
             instruction_fingerprint=resolved.instruction.fingerprint if applied else None,
-            instruction_source=str(resolved.source) if applied else None,
-            # What was not scored was not instructed either.
-            instruction_applied="ignored" if applied and scores.degraded else applied,
+            instruction_source=str(resolved.source) if applied and resolved.source else None,
+            instruction_applied=applied,
             non_finite=non_finite,
             degraded=scores.degraded,
         )
@@ -489,6 +492,13 @@ def _documents(documents: Iterable[DocumentLike]) -> tuple[Document, ...]:
         raise InputError(
             f"`documents` must be a list of str, Document or mapping, got "
             f"{type(documents).__name__}; wrap a single document in a list"
+        )
+    if hasattr(documents, "columns"):
+        # Iterating over a table of pandas gives the names of its columns.
+        raise InputError(
+            "`documents` must be a list of str, Document or mapping, got a "
+            f"{type(documents).__name__} with columns; give its rows as mappings, in pandas "
+            "`table.to_dict('records')`, or use `rank_dataset`"
         )
     return tuple(_document(i, item) for i, item in enumerate(documents))
 

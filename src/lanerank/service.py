@@ -101,6 +101,9 @@ class ResponseShape(BaseModel):
     """`None` where each result is the score itself."""
     truncated: str | None = None
     """A list of the places of documents that were cut, for services that tell."""
+    applied: str | None = None
+    """How the instruction was applied, for services that tell: `"neutral"` where the model took it
+    for one that changes nothing."""
 
 
 class InstructionChannel(BaseModel):
@@ -327,7 +330,9 @@ class ServiceContract(BaseModel):
             score = result if shape.score is None else _get(result, shape.score)
             values[index] = _score(score, index, scores or self.scores)
         return Scores(
-            tuple(values[index] for index in range(count)), self._truncated(answer, count)
+            tuple(values[index] for index in range(count)),
+            self._truncated(answer, count),
+            neutral=shape.applied is not None and _get(answer, shape.applied) == "neutral",
         )
 
     def _truncated(self, answer: object, count: int) -> tuple[bool, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from time import monotonic
 
 import pytest
 from typer.testing import CliRunner
@@ -15,7 +16,7 @@ from lanerank.cli import app
 from lanerank.contracts import Candidate, RerankRequest, Scores
 from lanerank.errors import InputError, LanerankError, MissingExtraError, ModelError
 from lanerank.scoring.fallback import FallbackScorer
-from lanerank.serving.deployment import score_each
+from lanerank.serving.deployment import _Deadline, score_each
 from lanerank.testing import OverlapScorer, ScriptedScorer
 
 GOOD = RerankRequest(query="red", candidates=(Candidate(text="red fish"),))
@@ -80,6 +81,33 @@ def test_one_request_cannot_fail_the_others(caplog) -> None:
     assert "RuntimeError" in str(bad)
     assert "RuntimeError while scoring" in caplog.text
     assert "the words of a document" not in f"{bad} {caplog.text}"
+
+
+def test_a_request_that_nobody_waits_for_any_more_stops(tiny_scorer) -> None:
+    late = _Deadline(monotonic() - 1)
+    gone = replace(GOOD, progress=late)
+    for scorer in (tiny_scorer, OverlapScorer()):
+        first, bad, last = score_each(scorer, [GOOD, gone, GOOD])
+        for good in (first, last):
+            assert isinstance(good, Scores)
+            assert good.values == pytest.approx(scorer.score(GOOD).values)
+        assert isinstance(bad, ModelError)
+        assert "timeout_s" in str(bad)
+
+
+def test_a_request_that_takes_too_long_stops_in_the_middle(tiny_scorer) -> None:
+    told: list[int] = []
+
+    def out_of_time(done: int, total: int) -> None:
+        told.append(done)
+        # The model has begun, and there is more to do.
+        _Deadline(monotonic() - 1 if 0 < done < total else monotonic() + 60)(done, total)
+
+    many = tuple(Candidate(text="red fish " * 40) for _ in range(200))
+    long = RerankRequest(query="red", candidates=many, progress=out_of_time)
+    [bad] = score_each(tiny_scorer, [long])
+    assert isinstance(bad, ModelError)
+    assert max(told) < len(many)
 
 
 # The command

@@ -199,6 +199,13 @@ def print_ranking(ranking: Ranking, *, as_json: bool) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    if ranking.instruction_applied == "neutral":
+        err.print(
+            "[yellow]The model took the instruction for one that changes nothing, and the order is "
+            "that without it;[/yellow] say more of what is wanted.",
+            highlight=False,
+            soft_wrap=True,
+        )
     if as_json:
         report = ranking.model_dump(mode="json")
         for result in report["results"]:

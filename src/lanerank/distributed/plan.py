@@ -29,8 +29,9 @@ from lanerank.reranker import OnUnsupported
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 """As in `lanerank.checkpoint`, which loads torch."""
 _FORMATS: tuple[Format, ...] = (ParquetFormat(), JsonlFormat())
-_SAMPLE = 1 << 20
-"""How many bytes of each end of a model's files are looked at, to tell two models apart."""
+_SAMPLES, _SAMPLE = 32, 1 << 16
+"""How many places of each of a model's files are looked at, to tell two models apart, and how many
+bytes at each."""
 
 
 class Settings(BaseModel):
@@ -192,16 +193,17 @@ def describe(path: Path, name: str) -> InputFile:
 def digest(folder: Path) -> str:
     """16 hexadecimal digits that change with the model in a folder.
 
-    Looks at names, sizes and both ends of each file, so that many gigabytes take no time.
+    Looks at names, sizes and samples of each file, so that many gigabytes take no time.
     """
     content = hashlib.sha256()
     for path in sorted(each for each in folder.rglob("*") if each.is_file()):
         size = path.stat().st_size
         content.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
         with path.open("rb") as file:
-            content.update(file.read(_SAMPLE))
-            file.seek(max(0, size - _SAMPLE))
-            content.update(file.read(_SAMPLE))
+            # All over it, since training may leave all but the middle layers as they are.
+            for number in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE) * number // (_SAMPLES - 1))
+                content.update(file.read(_SAMPLE))
     return content.hexdigest()[:16]
 
 

@@ -242,7 +242,13 @@ class LaneEncoderScorer:
         scored, end = [], 0
         for request in requests:
             start, end = end, end + len(request.candidates)
-            scored.append(Scores(tuple(probabilities[start:end]), tuple(truncated[start:end])))
+            scored.append(
+                Scores(
+                    tuple(probabilities[start:end]),
+                    tuple(truncated[start:end]),
+                    neutral=bool(request.instruction) and not instructed,
+                )
+            )
             if request.progress is not None and alone is None:
                 request.progress(end - start, end - start)
         return scored

@@ -374,7 +374,11 @@ def _whole(parts: Sequence[_Part], answers: Sequence[Scores]) -> Scores:
         values += answer.values
         told = answer.truncated or (False,) * part.count
         truncated += (ours or theirs for ours, theirs in zip(part.cut, told, strict=True))
-    return Scores(tuple(values), tuple(truncated) if any(truncated) else ())
+    return Scores(
+        tuple(values),
+        tuple(truncated) if any(truncated) else (),
+        neutral=any(answer.neutral for answer in answers),
+    )
 
 
 def _json(value: object) -> bytes:

@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 from fastapi import FastAPI
@@ -62,6 +62,22 @@ class Scored:
     """How many requests that were, told with one of them."""
 
 
+class _OutOfTimeError(ModelError):
+    """A request was answered without the model, which need not go on with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Deadline:
+    """Stops a scorer that tells its progress, once nobody waits for its answer any more."""
+
+    end: float
+    """In the seconds of `monotonic`."""
+
+    def __call__(self, done: int, total: int) -> None:
+        if done < total and monotonic() > self.end:
+            raise _OutOfTimeError("the request took longer than the server's `timeout_s`")
+
+
 class Model:
     """A copy of the model, in a process of its own."""
 
@@ -71,6 +87,7 @@ class Model:
             settings.model, device=settings.device, dtype=settings.dtype
         )
         self.scorer = reranker.scorer
+        self._timeout_s = settings.timeout_s
         self._gathered = serve.batch(
             max_batch_size=settings.batching.max_size,
             batch_wait_timeout_s=settings.batching.wait_ms / 1000,
@@ -83,7 +100,12 @@ class Model:
         return Facts(self.scorer.name, self.scorer.supports_instructions)
 
     async def score(self, request: RerankRequest) -> Scored:
-        """Score a request, together with others that are there."""
+        """Score a request, together with others that are there.
+
+        Not for longer than its client waits, or one large request would keep the model from all
+        those that come after it.
+        """
+        request = replace(request, progress=_Deadline(monotonic() + self._timeout_s))
         # Serve closes a batch when its time is up, whether or not the model is free. Held back
         # until it is, what arrives meanwhile is one batch and not many small ones.
         await self._idle.wait()
@@ -112,6 +134,8 @@ def score_each(scorer: Scorer, requests: Sequence[RerankRequest]) -> list[Scores
     if isinstance(scorer, ManyScorer):
         try:
             return list(scorer.score_many(requests, return_exceptions=True))
+        except _OutOfTimeError:
+            pass  # Which of them it is shows when each is scored by itself.
         except Exception as error:  # noqa: BLE001 - one request must not be able to fail the others
             log.error("%s while scoring %d requests together", type(error).__name__, len(requests))
     return [_outcome(scorer, request) for request in requests]
@@ -119,6 +143,8 @@ def score_each(scorer: Scorer, requests: Sequence[RerankRequest]) -> list[Scores
 
 def _outcome(scorer: Scorer, request: RerankRequest) -> Scores | LanerankError:
     try:
+        if request.progress is not None:
+            request.progress(0, len(request.candidates))
         return scorer.score(request)
     except LanerankError as error:
         return error

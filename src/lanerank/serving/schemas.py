@@ -147,8 +147,8 @@ class InstructionMeta(BaseModel):
     fingerprint: str
     """The same for equal instructions."""
     applied: Applied
-    """`"lane"`; anything else only where the server's operator chose it for a model without an
-    instruction channel."""
+    """`"lane"`, or `"neutral"` where the model took it for one that changes nothing; anything else
+    only where the server's operator chose it for a model without an instruction channel."""
 
 
 class Meta(BaseModel):
