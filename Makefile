@@ -75,7 +75,7 @@ wheels: $(DEV) ## build the wheels, and use them in an environment that has noth
 	@echo "The wheels of the core and of the plugins install, import and rank."
 	@rm -rf $(VENV)/wheels
 
-train: $(DEV) ## build the data and train the shipped model again (about three hours)
+train: $(DEV) ## build the data and train the shipped model again (about five hours)
 	@$(BIN)/python recipes/mini/build_data.py --out $(RUN)/data
 	@$(BIN)/python recipes/mini/train.py --data $(RUN)/data --out $(RUN)
 	cp $(RUN)/model/config.json $(RUN)/model/model.safetensors $(RUN)/model/tokenizer.json src/lanerank/models/lanerank-mini/

@@ -245,7 +245,7 @@ def test_a_long_document_leaves_room_for_the_numbers(ranked, write, tiny_model_f
     result = ranked("-q", "red", write("\n".join(texts)))
     best = Reranker.from_pretrained(tiny_model_folder).rank("red", [t.strip() for t in texts])
     heading, *rows = result.stdout.splitlines()
-    assert heading.split() == ["rank", "score", "line", "document"]
+    assert heading.split() == ["rank", "score", "no.", "document"]
     assert [row.split()[:3] for row in rows] == [
         [str(place), f"{entry.score:.3f}", str(entry.index + 1)]
         for place, entry in enumerate(best, 1)
@@ -821,6 +821,21 @@ def test_rank_keeps_the_order_where_a_service_fails_if_told_to(tmp_path) -> None
     assert [each["index"] for each in ranking["results"]] == [0, 1]
     assert "status 400" in ranking["degraded"]
     assert "nothing was scored" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--on-error", "input_order"], "`--on-error` is for a service; give `--service`"),
+        (["--no-probe"], "`--no-probe` is for a service"),
+        (["--service", "vllm", "--device", "cpu"], "`--device` is for a model that runs here"),
+        (["--service", "vllm", "--long-documents", "max_window"], "`--long-documents` is for"),
+    ],
+)
+def test_rank_refuses_options_that_would_change_nothing(options, said) -> None:
+    result = CliRunner().invoke(app, ["rank", "-q", "x", *options], input="a")
+    assert isinstance(result.exception, InputError)
+    assert said in str(result.exception)
 
 
 def test_rank_refuses_an_address_without_a_service() -> None:

@@ -42,6 +42,7 @@ from lanerank import (
 from lanerank.cli import app
 from lanerank.contracts import RerankRequest, Scores
 from lanerank.distributed import rank_dataset
+from lanerank.distributed.cluster import _check_room
 from lanerank.distributed.plan import digest
 from lanerank.testing import OverlapScorer, ScriptedScorer
 
@@ -1150,6 +1151,14 @@ def test_arguments_that_are_not_usable_are_refused_by_name(lists, out, options) 
     with pytest.raises(InputError, match=f"`{argument}"):
         rank_dataset(lists, out, **{"model": overlap, "concurrency": 0, **options})
     assert not list(out.glob("part-*"))
+
+
+def test_a_worker_that_this_machine_has_no_room_for_is_refused() -> None:
+    _check_room({"CPU": 2.0}, num_cpus=2.0, num_gpus=0)
+    with pytest.raises(InputError, match=r"`num_gpus` is 0.5 .* Ray finds 0 .* RAY_ADDRESS"):
+        _check_room({"CPU": 2.0}, num_cpus=1.0, num_gpus=0.5)
+    with pytest.raises(InputError, match="`num_cpus` is 4 .* Ray finds 2"):
+        _check_room({"CPU": 2.0, "GPU": 8.0}, num_cpus=4, num_gpus=1)
 
 
 def test_options_that_would_have_no_effect_are_refused(lists, out) -> None:

@@ -73,7 +73,10 @@ def rank(
     url: Annotated[
         str | None, typer.Option(help="Where the service runs; a hosted one knows by itself.")
     ] = None,
-    on_error: Annotated[OnError, typer.Option(help="What happens if the service fails.")] = "raise",
+    on_error: Annotated[
+        OnError,
+        typer.Option(help="What happens if the service fails; `--probe` raises all the same."),
+    ] = "raise",
     probe: Annotated[
         bool, typer.Option(help="Check first that an instruction reaches the service's model.")
     ] = True,
@@ -81,9 +84,10 @@ def rank(
 ) -> None:
     """Rank the documents of a file, best first.
 
-    Each line of the input is a document. A line that begins with `{` or `"` makes the file JSONL:
+    Each line of the input is a document. If the first begins with `{` or `"`, the file is JSONL:
     objects need a `text` and may have an `id` and `metadata`; their other keys count as metadata.
     """
+    _check_used(service, device, long_documents, on_error, probe=probe)
     documents = list(_read_documents(file))
     if service is not None:
         # A key comes from the environment: on the command line, every user of the machine sees it.
@@ -111,6 +115,27 @@ def rank(
             progress=progress,
         )
     print_ranking(ranking, as_json=as_json)
+
+
+def _check_used(
+    service: str | None, device: str, long_documents: str, on_error: str, *, probe: bool
+) -> None:
+    """Refuse options that would change nothing."""
+    given = {
+        "--device": device != "auto",
+        "--long-documents": long_documents != "truncate",
+        "--on-error": on_error != "raise",
+        "--no-probe": not probe,
+    }
+    of_services = {"--on-error", "--no-probe"}
+    for option, is_given in given.items():
+        if is_given and (option in of_services) is (service is None):
+            kind, remedy = (
+                ("a service", "give `--service` too")
+                if option in of_services
+                else ("a model that runs here", "leave `--service` out")
+            )
+            raise InputError(f"`{option}` is for {kind}; {remedy}, or leave it out")
 
 
 def demo(
@@ -219,7 +244,7 @@ def print_ranking(ranking: Ranking, *, as_json: bool) -> None:
         return
     # Expanded, so that a long document gets what the numbers leave and not the reverse.
     table = Table(box=None, pad_edge=False, expand=True)
-    for heading in ("rank", "score", "line"):
+    for heading in ("rank", "score", "no."):
         table.add_column(heading, justify="right")
     table.add_column("document", overflow="ellipsis", no_wrap=True, ratio=1)
     for place, result in enumerate(ranking, 1):

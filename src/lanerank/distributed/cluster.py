@@ -98,7 +98,7 @@ def _on_ray(
     num_cpus: float,
     num_gpus: float,
 ) -> Generator[ShardRecord | Failure]:
-    with _cluster() as ray:
+    with _cluster(num_cpus, num_gpus) as ray:
         if concurrency is None:
             concurrency = min(len(shards), _room(ray.cluster_resources(), num_cpus, num_gpus))
         least, most = (concurrency,) * 2 if isinstance(concurrency, int) else concurrency
@@ -132,8 +132,13 @@ def _on_ray(
 
 
 @contextmanager
-def _cluster() -> Iterator[Any]:
-    """Ray, connected: to the cluster that the process or `RAY_ADDRESS` names, or to a new one."""
+def _cluster(num_cpus: float, num_gpus: float) -> Iterator[Any]:
+    """Ray, connected: to the cluster that the process or `RAY_ADDRESS` names, or to a new one.
+
+    Raises:
+        InputError: A new one, of this machine alone, has no room for a worker.
+        MissingExtraError: Ray is not installed.
+    """
     try:
         import ray
         import ray.data
@@ -152,9 +157,21 @@ def _cluster() -> Iterator[Any]:
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
+        if "RAY_ADDRESS" not in os.environ:
+            # No node will ever join, and Ray would wait for one.
+            _check_room(ray.cluster_resources(), num_cpus, num_gpus)  # type: ignore[no-untyped-call]  # Ray does not annotate it
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_room(resources: Mapping[str, float], num_cpus: float, num_gpus: float) -> None:
+    for name, option, wanted in (("CPU", "num_cpus", num_cpus), ("GPU", "num_gpus", num_gpus)):
+        if wanted > (there := resources.get(name, 0)):
+            raise InputError(
+                f"`{option}` is {wanted:g} for each worker, and Ray finds {there:g} on this "
+                "machine; ask for less, or name a cluster in RAY_ADDRESS"
+            )
 
 
 def _room(resources: Mapping[str, float], num_cpus: float, num_gpus: float) -> int:
