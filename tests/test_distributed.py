@@ -1157,7 +1157,7 @@ def test_a_worker_that_this_machine_has_no_room_for_is_refused() -> None:
     _check_room({"CPU": 2.0}, num_cpus=2.0, num_gpus=0)
     with pytest.raises(InputError, match=r"`num_gpus` is 0.5 .* Ray finds 0 .* RAY_ADDRESS"):
         _check_room({"CPU": 2.0}, num_cpus=1.0, num_gpus=0.5)
-    with pytest.raises(InputError, match="`num_cpus` is 4 .* Ray finds 2"):
+    with pytest.raises(InputError, match=r"`num_cpus` is 4 .* Ray finds 2"):
         _check_room({"CPU": 2.0, "GPU": 8.0}, num_cpus=4, num_gpus=1)
 
 
