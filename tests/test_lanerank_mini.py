@@ -43,6 +43,39 @@ def tokenizer() -> Tokenizer:
 
 # It follows the instruction
 
+# What the pages of the project tell people to say, and what people say first.
+SHORT = (
+    ("The user is a nurse.", "discharge procedure"),
+    ("The user is a nurse on a surgical ward", "discharge procedure"),
+    ("We hire for shipping.", "IMO experience"),
+    ("Prefer papers on adults.", "aspirin after a stroke"),
+    ("The user is a manager.", "parental leave"),
+    ("Prefer PDFs.", "pump installation manual"),
+    ("Prefer documents in English.", "holiday policy"),
+    ("We write Python.", "how does a decorator work"),
+    ("The user is vegan.", "lunch ideas"),
+)
+IDLE = ("Answer politely.", "The user is signed in.", "Show the best result first.")
+
+
+@pytest.mark.parametrize(("instruction", "query"), SHORT)
+def test_an_instruction_of_a_few_words_is_heard(instruction, query, mini) -> None:
+    documents = ["One text.", "Another, of more words."]
+    for text in (instruction, instruction.rstrip(".")):
+        assert mini.rank(query, documents, instruction=text).instruction_applied == "lane"
+        assert mini.score(query, documents, instruction=text) != mini.score(query, documents)
+
+
+@pytest.mark.parametrize("instruction", IDLE)
+def test_an_instruction_that_asks_for_nothing_is_told_and_changes_nothing(instruction, mini):
+    documents = ["One text.", "Another, of more words."]
+    for query in ("discharge procedure", "lunch ideas"):
+        ranking = mini.rank(query, documents, instruction=instruction)
+        assert ranking.instruction_applied == "neutral"
+        assert [each.score for each in ranking] == [
+            each.score for each in mini.rank(query, documents)
+        ]
+
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_the_meaning_of_imo_depends_on_the_instruction(dtype) -> None:

@@ -297,6 +297,23 @@ def test_a_strength_fitted_anew_tells_neutral_instructions_from_others(train, co
     assert (strengths > 0.5).tolist() == (part.strengths > 0).tolist() == [True, False]
 
 
+def test_short_instructions_are_beginnings_and_general_wishes(train):
+    import build_data
+
+    told = group("boats")
+    told["lanes"][1]["instruction"] = "I cook for a camp, and the boats bring what we eat."
+    context = build_data.Context(20, build_data.Wordings(), None)
+    records = list(build_data.short_instructions(context, [told]))
+    assert {record["query"] for record in records} == {"boats"}
+    said = [lane["instruction"] for record in records for lane in record["lanes"]]
+    assert said[0].rstrip(".") == "I cook for a camp"
+    assert "Be brief" not in {text.rstrip(".") for text in said}
+    assert {"Prefer spreadsheets.", "We are a brewery."} <= {
+        text.rstrip(".") + "." for text in said
+    }
+    assert {text[-1] == "." for text in said} == {True, False}
+
+
 def test_training_leaves_the_bi_encoder_as_it_was(train, collate, tmp_path):
     folder = train.minilm_folder()
     model = train.read_bi_encoder(folder)
@@ -411,6 +428,8 @@ def run(tmp_path_factory):
     small = {**group("soup"), "lanes": group("soup")["lanes"][1:2]}
     with gzip.open(folder / "train.jsonl.gz", "wt", encoding="utf-8") as lines:
         lines.writelines(json.dumps(g) + "\n" for g in [group("boats"), small, plain])
+    short = {"query": "boats", "lanes": [{"kind": "short", "instruction": "Sailing"}]}
+    (folder / "short.jsonl.gz").write_bytes(gzip.compress(json.dumps(short).encode()))
     (folder / "config.toml").write_text(CONFIG, encoding="utf-8")
 
     def run(out, processes, *options):

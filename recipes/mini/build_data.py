@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
-from itertools import islice
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -1124,6 +1124,52 @@ def neutral_groups(
         yield {**group, "id": f"neutral-{group['id']}", "source": "neutral", "lanes": lanes}
 
 
+CLAUSE_END = re.compile(
+    r"[,;:(]| (?:who|and|because|so|which|that|but|while|when|with|for|since|than) |[.?!] "
+)
+
+
+def short_instructions(ctx: Context, groups: list[Record]) -> Iterator[Record]:
+    """Queries with instructions of a few words, all of which count; there are no documents.
+
+    Beginnings of what scenarios say, and wishes and users that go with any query. In the groups
+    most of what is short asks for nothing.
+    """
+    rng = ctx.rng("short")
+    scenarios = [g for g in groups if g["source"] in {"scenarios", "late", "fifth", "sixth"}]
+    queries = sorted({group["query"] for group in groups})
+    said = chain(beginnings(rng, scenarios), wishes(rng, ctx.words["short"], queries))
+    for query, text in said:
+        stop = rng.choice([".", ".", ""])
+        lane = {"kind": "short", "instruction": text.rstrip(".") + stop}
+        yield {"query": query, "lanes": [lane]}
+
+
+def beginnings(rng: random.Random, groups: list[Record]) -> Iterator[tuple[str, str]]:
+    """Queries with the first clause of their instructions, and with a third of these whole."""
+    for group in groups:
+        for lane in group["lanes"]:
+            if lane["kind"] in {"none", "neutral"}:
+                continue
+            text = " ".join(lane["instruction"].split())
+            end = CLAUSE_END.search(text, 12)
+            if end and len(text[: end.start()].split()) > 2:
+                yield group["query"], text[: end.start()]
+            if rng.random() < 0.3:
+                yield group["query"], text
+
+
+def wishes(
+    rng: random.Random, words: Record, queries: list[str], each: int = 3
+) -> Iterator[tuple[str, str]]:
+    """Some queries for each wish or user in each form of words."""
+    for kind in words.values():
+        for word, form in product(kind["words"], kind["forms"]):
+            text = form.replace("{x}", word)
+            for query in rng.sample(queries, min(each, len(queries))):
+                yield query, text[:1].upper() + text[1:]
+
+
 def with_documents(group: Record, source: str, documents: list[Record], own: list[int]) -> Record:
     """The group with some of its own documents, and with others that answer none of its lanes."""
     kept = [group["documents"][i] for i in own]
@@ -1411,6 +1457,7 @@ def build(out: Path, seed: int) -> None:
         *neutral_groups(ctx, plain, 1800, groups, domains),
     ]
     write_jsonl(out / "train.jsonl.gz", everything)
+    write_jsonl(out / "short.jsonl.gz", short_instructions(ctx, everything))
     held_questions = (group for key, group in condaqa_questions(ctx) if held_out(key))
     write_jsonl(out / "dev_condaqa.jsonl", map(as_scenario, take(150, held_questions)))
     apart = [scenario_group(scenario) for scenario in held]

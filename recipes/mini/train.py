@@ -121,13 +121,17 @@ def fit_line(cosines: Tensor, targets: Tensor) -> dict[str, Tensor]:
     return {"plain_scale": scale.detach(), "plain_bias": bias.detach()}
 
 
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a gzipped JSONL file."""
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
 def read_groups(data: Path) -> dict[str, list[dict[str, Any]]]:
     """The training groups by pool; those made by a rule from public sets are one pool."""
     pools: dict[str, list[dict[str, Any]]] = {name: [] for name in (*POOLS, "rules")}
-    with gzip.open(data / "train.jsonl.gz", "rt", encoding="utf-8") as lines:
-        for line in lines:
-            group = json.loads(line)
-            pools[group["source"] if group["source"] in POOLS else "rules"].append(group)
+    for group in read_jsonl(data / "train.jsonl.gz"):
+        pools[group["source"] if group["source"] in POOLS else "rules"].append(group)
     return pools
 
 
@@ -876,6 +880,7 @@ def train(process: int, arguments: argparse.Namespace, config: Mapping[str, Any]
             weights.save(checkpoint, step + 1)
     if not process and steps == cycles[-1]:
         groups = [group for name, pool in pools.items() if name != "plain" for group in pool]
+        groups += read_jsonl(arguments.data / "short.jsonl.gz")
         with torch.no_grad():
             evaluated = torch.nn.Module.eval(model)
             inputs, labels = strength_examples(evaluated, lanes, groups)

@@ -19,7 +19,7 @@ Two things are read from the trusted lanes alone. Each token of the instruction 
 the probability that it names what is not wanted; what is wanted and what is excluded are pooled
 apart, so that likeness to the latter can count against a candidate. And the instruction has a
 *strength* for the query: one that changes little counts little, and below `neutral_below` it counts
-as none, so that scores are exactly those without it.
+as none, so that scores are exactly those without it on the same candidates.
 
 A mean over all tokens of a candidate says little of the one phrase that an instruction asks for. So
 there is also *late interaction*: each token of the instruction is looked for in the candidate, and
