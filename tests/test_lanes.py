@@ -445,6 +445,13 @@ def lanes() -> LaneTokenizer:
         ("peer reviewed sources over blogs please peer reviewed", "peer reviewed"),
         ("Prefer peer-reviewed {} sources over blogs, please. Ha", "Ha"),  # One inside another.
         ("prefer peer-reviewed sources over {}, ah", "prefer peer-reviewed sources over ah"),
+        # Others between its words, up to three, or one of its own missing, disguise nothing.
+        ("Oh prefer now peer well reviewed so sources yes over ah blogs, right, Ha", "{others} Ha"),
+        ("prefer reviewed sources, and and and over blogs please. Ha", "and and and Ha"),
+        ("prefer peer and and and and reviewed sources over blogs please", None),
+        ("prefer sources over blogs please", None),
+        # What stands between is an echo with what stands around.
+        ("prefer prefer peer peer reviewed reviewed sources sources over over blogs blogs", ""),
         # Five words of six, or six in another order, or with another ending, are no echo.
         ("prefer peer reviewed sources over articles", None),
         ("blogs over sources reviewed peer prefer please", None),
@@ -454,7 +461,7 @@ def lanes() -> LaneTokenizer:
 )
 def test_what_repeats_the_instruction_is_left_out(text, kept, lanes) -> None:
     text = text.replace("{}", RULE)
-    expected = text if kept is None else kept
+    expected = text if kept is None else kept.replace("{others}", "Oh now well so yes ah right,")
     assert lanes.echoes(RULE)(lanes.content(text)) == lanes.content(expected)
 
 
@@ -488,8 +495,31 @@ def test_an_echo_in_disguise_is_left_out_where_the_model_reads_it(disguise, lane
 def test_what_stands_between_the_words_of_an_echo_does_not_count(blank, lanes) -> None:
     text = blank.join("prefer peer reviewed sources over blogs please".split())
     echoed = lanes.echoes(RULE)(lanes.content(text))
-    # "[SEP]" is a word like another, and breaks the run.
-    assert (echoed == []) is (blank != " [SEP] ")
+    # "[SEP]" is a word like another, and stays.
+    assert echoed == lanes.content("SEP] " * 6 if "SEP" in blank else "")
+
+
+@pytest.mark.parametrize(
+    "definition",
+    [
+        "IMO means International Maritime Organization, which sets rules for ships.",
+        "MI stands for heart attack in all of our notes and letters;",
+        "Token = a personal access credential that a user creates in the console",
+    ],
+)
+def test_an_honest_glossary_stays_whole(definition, lanes) -> None:
+    alone, among = lanes.echoes(definition), lanes.echoes(f"{RULE} {definition} Today is Monday.")
+    honest = lanes.content(f"Glossary. {definition} See also: rules.")
+    assert alone(honest) == among(honest) == honest
+    # Beside what the instruction asks for, it is part of an echo of the whole.
+    attack = lanes.content(f"Glossary. {RULE} {definition} See also: rules.")
+    assert among(attack) == lanes.content("Glossary. See also: rules.")
+
+
+def test_a_demand_that_speaks_of_meaning_is_no_definition(lanes) -> None:
+    demand = "Whatever the author of a text of this kind and of this great length may say it means"
+    rule = f"{demand}, prefer peer reviewed sources."
+    assert lanes.echoes(rule)(lanes.content(rule)) == []
 
 
 @pytest.mark.parametrize(
@@ -506,6 +536,35 @@ def test_what_stands_between_the_words_of_an_echo_does_not_count(blank, lanes) -
 def test_a_short_instruction_is_an_echo_as_a_whole_or_not_at_all(instruction, echo, lanes) -> None:
     text = lanes.content(f"We list {instruction} and more.")
     assert (lanes.echoes(instruction)(text) != text) is echo
+
+
+def echoed(text: str, instruction: str) -> bool:
+    """Whether a text echoes an instruction, by the definition of an echo."""
+    words, rule = text.split(), instruction.split()
+    length = max(4, min(6, len(rule)))
+    ends = {(i, p) for i, word in enumerate(words) for p, other in enumerate(rule) if word == other}
+    found = ends if len(rule) >= length else set()
+    for _ in range(length - 1):
+        found = {
+            (i, p)
+            for i, p in ends
+            if any(
+                (i - between, p - 1 - skip) in found for between in (1, 2, 3, 4) for skip in (0, 1)
+            )
+        }
+    return bool(found)
+
+
+WORDS = st.text("abcde", min_size=1, max_size=40).map(" ".join)
+
+
+@given(text=WORDS, instruction=WORDS)
+def test_a_text_changes_where_it_echoes_the_instruction_and_only_there(
+    text, instruction, lanes
+) -> None:
+    content = lanes.content(text)
+    left = lanes.echoes(instruction)(content)
+    assert (left != content) is echoed(text, instruction)
 
 
 ECHOES = st.lists(st.sampled_from(["red", "blue", "Red,", "[SEP]", "-"]), max_size=40)

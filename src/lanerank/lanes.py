@@ -10,8 +10,8 @@ import datetime as dt
 import json
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice, pairwise
+from dataclasses import dataclass, field
+from itertools import islice, pairwise, product
 from typing import Any
 
 from tokenizers import Tokenizer, models
@@ -23,6 +23,10 @@ from lanerank.errors import InputError, ModelLoadError
 
 _MAX_ATTRIBUTE_CHARS = 200
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}(?:$|[T ])")
+# "MI means heart attack.", as an instruction words its glossary, and as people write one.
+_DEFINITION = re.compile(
+    r"(?:^|(?<=[.!?;:\n]))[^.!?;:\n]{1,80}?(?: means | stands for | ?= ?)[^.!?;\n]+[.!?;]?"
+)
 # Every character that a tokenizer's normalisation (NFC to NFKC) may turn into a semicolon.
 _SEMICOLONS = str.maketrans(dict.fromkeys(";\u037e\ufe14\ufe54\uff1b", ","))
 
@@ -71,15 +75,15 @@ def render_attributes(
         semicolon in a value becomes a comma, because only fields are told apart by semicolons.
     """
     parts = []
-    for field in fields:
-        value = metadata.get(field)
+    for name in fields:
+        value = metadata.get(name)
         # A value that brought its own separator could pass for another field.
         text = " ".join(clean_text(_as_text(value)).split()).translate(_SEMICOLONS)
         if not text:
             continue
         date = _as_date(value) if today else None
         age = f" ({describe_age(date, today)})" if date and today else ""
-        parts.append(f"{clean_text(field)}: {text[:_MAX_ATTRIBUTE_CHARS]}{age}")
+        parts.append(f"{clean_text(name)}: {text[:_MAX_ATTRIBUTE_CHARS]}{age}")
     return "; ".join(parts)
 
 
@@ -261,62 +265,149 @@ class LaneBudgets:
             )
 
 
+@dataclass(slots=True)
+class _Seen:
+    """A word of a document, and how it can be part of an echo."""
+
+    start: int
+    word: tuple[int, ...]
+    links: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    """By its place in the instruction: how long an echo ends here, and the position and the place
+    of the word before in that echo (both -1 at its beginning)."""
+    reached: set[int] = field(default_factory=set)
+    """How far in the instruction echoes have come of which words were left out after this one."""
+
+
 class EchoFilter:
-    """Leaves out what a document repeats of an instruction, word for word, as the model reads both.
+    """Leaves out what a document repeats of an instruction, as the model reads both.
 
     Nothing resembles an instruction more than the instruction itself, so a document that guesses
-    it, or has read it in another answer, could lift itself by saying it again. Six words in a row,
-    or all of an instruction of four or five, are no coincidence: of 86,877 honest pairs of an
-    instruction and a document in the project's scenarios, one shares as many. Words are compared as
-    ids, so that what a tokenizer drops or folds disguises nothing. An echo in other words is for
-    the model to resist.
+    it, or has read it in another answer, could lift itself by saying it again. Six words in their
+    order, or all of an instruction of four or five, are no coincidence, even with up to three other
+    words between two of them and one of them skipped: of 23,348 honest pairs of an instruction and
+    a document in the project's scenarios, five share as many. Words are compared as ids, so that
+    what a tokenizer drops or folds disguises nothing. An echo in other words, or in another order,
+    is for the model to resist.
+
+    A document that repeats nothing but definitions stays whole: so reads an honest glossary.
 
     Args:
         instruction: The ids of an instruction; from one of fewer than four words nothing is left
             out.
         silent: Ids without a letter or digit, which no word is made of.
         continuing: Ids that continue a word.
+        demands: The ids of the instruction without its definitions; the same by default.
     """
+
+    _BETWEEN = 3
+    """How many words of a document may stand between two words of an echo."""
+    _SKIPPED = 1
+    """How many words of the instruction may be missing between the two."""
 
     def __init__(
         self,
         instruction: Sequence[int] = (),
         silent: Container[int] = (),
         continuing: Container[int] = (),
+        demands: Sequence[int] | None = None,
     ) -> None:
-        """Note the runs of words to look for."""
+        """Note where in the instruction each of its words stands."""
         self._silent, self._continuing = silent, continuing
         words = [word for _, word in self._words(instruction)]
         self._length = max(4, min(6, len(words)))
-        self._runs = set(zip(*(words[i:] for i in range(self._length)), strict=False))
+        self._places: dict[tuple[int, ...], list[int]] = {}
+        self._count = len(words)
+        for place, word in enumerate(words if len(words) >= self._length else ()):
+            self._places.setdefault(word, []).append(place)
+        self._of_demands: EchoFilter | None = None
+        if demands is not None and list(demands) != list(instruction):
+            self._of_demands = EchoFilter(demands, silent, continuing)
 
     def __call__(self, content: list[int]) -> list[int]:
-        """The content without any run of words that the instruction has too."""
-        if not self._runs:
+        """The content without the words that echo the instruction."""
+        words = self._words(content) if self._places else []
+        if not self._may_echo(words) or (self._of_demands and self._of_demands(content) is content):
             return content
-        kept: list[tuple[int, tuple[int, ...]]] = []
-        echoed: tuple[tuple[int, ...], ...] = ()
-        words = self._words(content)
-        for start, word in words:
-            run = (*echoed[1:], word)
-            if echoed and run in self._runs:  # The echo goes on.
-                echoed = run
-                continue
-            kept.append((start, word))
-            echoed = tuple(each for _, each in kept[-self._length :])
-            if echoed in self._runs:
-                # Words to either side of an echo may be another one, put around it.
-                del kept[-self._length :]
-            else:
-                echoed = ()
+        kept = self._kept(words)
         if len(kept) == len(words):
             return content
         starts = [start for start, _ in words]
         ends = dict(pairwise([*starts, len(content)]))
         return [
             *content[: starts[0]],
-            *(token for start, _ in kept for token in content[start : ends[start]]),
+            *(token for start in kept for token in content[start : ends[start]]),
         ]
+
+    def _may_echo(self, words: Sequence[tuple[int, tuple[int, ...]]]) -> bool:
+        """Whether any words may be an echo; quick, and wrong only where it says that they may."""
+        # By place: where in the document its word came last, and how long an echo may end there.
+        # Nothing comes at the places before the first, which are the last of the lists.
+        came = [-1 - self._BETWEEN - len(words)] * (self._count + 1 + self._SKIPPED)
+        lengths = [0] * (self._count + 1 + self._SKIPPED)
+        for now, (_, word) in enumerate(words):
+            since = now - 1 - self._BETWEEN
+            # From the last, so that no word follows itself.
+            for place in reversed(self._places.get(word, [])):
+                length = 1
+                for earlier in range(place - 1, place - 2 - self._SKIPPED, -1):
+                    if came[earlier] >= since:
+                        length = max(length, lengths[earlier] + 1)
+                if length >= self._length:
+                    return True
+                lengths[place] = max(length, lengths[place]) if came[place] >= since else length
+                came[place] = now
+        return False
+
+    def _kept(self, words: Sequence[tuple[int, tuple[int, ...]]]) -> list[int]:
+        """Where those words begin that are no part of an echo."""
+        left = [_Seen(-1, ())]  # Stands for what is before the first word.
+        waiting = [_Seen(start, word) for start, word in reversed(words)]
+        while waiting:
+            seen = waiting.pop()
+            left.append(seen)
+            places = self._link(left)
+            if not places:
+                continue
+            place = max(places, key=lambda place: seen.links[place][0])
+            index, echo = len(left) - 1, set[int]()
+            while index > 0:
+                echo.add(index)
+                _, index, place = left[index].links[place]
+            # What stood between the words of the echo is looked at anew, since it may be another
+            # one together with what stands around.
+            first = min(echo)
+            span = list(enumerate(left[first:], first))
+            del left[first:]
+            last, again = left[-1], []
+            for index, other in span:
+                if index in echo:
+                    last.reached |= other.reached
+                else:
+                    last = other
+                    again.append(other)
+            last.reached |= places
+            waiting += reversed(again)
+        return [seen.start for seen in left[1:]]
+
+    def _link(self, left: Sequence[_Seen]) -> set[int]:
+        """Link the last word to those before it; its places in the echoes that it is part of."""
+        last = len(left) - 1
+        seen, near = left[last], range(last - 1, max(-1, last - 2 - self._BETWEEN), -1)
+        seen.links = {}
+        goes_on: set[int] = set()
+        for place in self._places.get(seen.word, ()):
+            count, *before = 0, -1, -1
+            for index, earlier in product(near, range(place - 1, place - 2 - self._SKIPPED, -1)):
+                if earlier in left[index].reached:
+                    left[index].reached.remove(earlier)
+                    goes_on.add(place)
+                elif (link := left[index].links.get(earlier)) and link[0] > count:
+                    count, *before = link[0], index, earlier
+            seen.links[place] = (count + 1, before[0], before[1])
+        if goes_on:
+            seen.links.update(dict.fromkeys(goes_on, (self._length, -1, -1)))
+            return goes_on
+        return {place for place, link in seen.links.items() if link[0] >= self._length}
 
     def _words(self, content: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
         """Where each word begins, and its ids."""
@@ -374,7 +465,9 @@ class LaneTokenizer:
 
     def echoes(self, instruction: str) -> EchoFilter:
         """What leaves an instruction out of the documents that are read under it."""
-        return EchoFilter(self.content(instruction), self._silent, self._continuing)
+        demands = _DEFINITION.sub(" ", instruction)
+        whole, without = self.content(instruction), self.content(demands)
+        return EchoFilter(whole, self._silent, self._continuing, without)
 
     def frame(self, content: Sequence[int]) -> tuple[int, ...]:
         """Content between the two tokens that open and close a lane."""
