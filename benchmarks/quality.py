@@ -1,10 +1,12 @@
 """Compare lanerank-mini with the bi-encoder it started from: `python benchmarks/quality.py`.
 
-Two questions, on data that no weight was trained on (benchmarks/data/README.md):
+Three questions, on data that no weight was trained on (benchmarks/README.md):
 
 - does it follow instructions better than all-MiniLM-L6-v2 given "instruction query" as one text,
   with and without the attributes put before the document, on the development scenarios and on sets
   that development did not look at;
+- which instructions does it take for ones that change nothing: of the sets' own, and of pairs of a
+  few plain words and a query (the strength was chosen with an eye on these);
 - without an instruction, is it at least as good on generic retrieval?
 
 Prints tables and writes benchmarks/results/quality.json. Takes some minutes on two cores.
@@ -17,6 +19,7 @@ import gzip
 import importlib.util
 import json
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from rich.progress import track
 from rich.table import Table
 from sentence_transformers import SentenceTransformer
 
-from lanerank import Document, Reranker
+from lanerank import Document, Instruction, Reranker
 from lanerank.contracts import RerankRequest, Scores
 from lanerank.evaluation import (
     EvaluationReport,
@@ -104,6 +107,48 @@ def read_sets() -> dict[str, list[Scenario]]:
     return sets
 
 
+def read_short_instructions() -> dict[str, list[tuple[str, str]]]:
+    """Pairs of an instruction of a few words and a query for which it asks for something."""
+    file = DATA / "short_instructions.json"
+    return {
+        name: [tuple(pair) for pair in each.get("pairs", ())]
+        or list(product(each["instructions"], each["queries"]))
+        for name, each in json.loads(file.read_text(encoding="utf-8")).items()
+    }
+
+
+def count_neutral(reranker: Reranker, pairs: list[tuple[str, str]]) -> dict[str, int]:
+    """How many instructions count for nothing with their queries, and of how many."""
+    applied = [
+        reranker.rank(query, ["document"], instruction=instruction).instruction_applied
+        for instruction, query in pairs
+    ]
+    return {"neutral": applied.count("neutral"), "pairs": len(pairs)}
+
+
+def neutral_counts(reranker: Reranker, limit: int | None) -> dict[str, dict[str, int]]:
+    """Which instructions count for nothing: none should but those that say nothing."""
+    counts = {
+        name: count_neutral(reranker, pairs[:limit])
+        for name, pairs in read_short_instructions().items()
+    }
+    for name, scenarios in read_sets().items():
+        lanes = [
+            (
+                lane.kind,
+                (Instruction(lane.instruction, today=scenario.today).render(), scenario.query),
+            )
+            for scenario in scenarios[:limit]
+            for lane in scenario.lanes
+            if lane.instruction
+        ]
+        for kind, says_nothing in (("others", False), ("neutral", True)):
+            pairs = [pair for of_kind, pair in lanes if (of_kind == "neutral") is says_nothing]
+            if pairs:
+                counts[f"{name}, {kind}"] = count_neutral(reranker, pairs)
+    return counts
+
+
 def generic_ndcg(reranker: Reranker, rows: list[dict[str, Any]], label: str) -> np.ndarray:
     """The nDCG@10 of each query of a generic set."""
     grades, scores = [], []
@@ -121,7 +166,7 @@ def with_interval(values: np.ndarray) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run both comparisons."""
+    """Answer all three."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a folder or id; by default the model in the package")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto")
@@ -150,6 +195,15 @@ def main() -> None:
             cells = [f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" if e else "" for e in estimates]
             table.add_row(system.scorer.name, *cells)
         console.print(table)
+
+    with console.status("Which instructions count for nothing"):
+        neutral = neutral_counts(systems[0], arguments.limit)
+    table = Table(title=f"Instructions that count for nothing: {systems[0].scorer.name}")
+    for column in ("set", "neutral", "pairs"):
+        table.add_column(column)
+    for name, counts in neutral.items():
+        table.add_row(name, str(counts["neutral"]), str(counts["pairs"]))
+    console.print(table)
 
     generic: dict[str, dict[str, dict[str, float]]] = {}
     table = Table(title="Generic retrieval, no instruction: nDCG@10")
@@ -181,6 +235,7 @@ def main() -> None:
             label: {name: report.model_dump(mode="json") for name, report in reports.items()}
             for label, reports in sets.items()
         },
+        "neutral": neutral,
         "generic": generic,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
