@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -185,6 +186,7 @@ def large_vocabulary(folder) -> None:
         pytest.param(configure(num_hidden_layers=3), "does not fit its config", id="more layers"),
         pytest.param(configure(max_position_embeddings=2), "config.json", id="no positions"),
         pytest.param(configure(attributes_budget=0), "config.json", id="no attributes"),
+        pytest.param(configure(dtype="float7"), "config.json is not usable", id="no such dtype"),
         pytest.param(write("model.safetensors", b""), "is corrupt", id="empty weights"),
         pytest.param(write("model.safetensors", b"garbage" * 99), "is corrupt", id="garbage"),
         pytest.param(shorten, "is corrupt", id="truncated weights"),
@@ -205,6 +207,32 @@ def test_a_damaged_model_is_refused_with_one_line_that_names_the_cause(
     with pytest.raises(ModelLoadError, match=message) as caught:
         load_scorer(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "expected"),
+    [
+        ("hidden_size", (-32, 0, True, "32", 32.0, None, 10**18), "a whole number from 1 to"),
+        ("attributes_budget", (2, -1, False), "a whole number from 3 to"),
+        ("pad_token_id", (-1, 10**6, "0", True), "null or a whole number from 0 to"),
+        ("layer_norm_eps", (0.0, -1e-12, 1.5, math.nan, "1e-12", True), "a number above 0"),
+        ("neutral_below", (5, -0.1, math.nan, "0.2", True, None), "a number from 0 to 1"),
+    ],
+)
+def test_a_field_of_a_config_that_is_not_usable_is_named_with_its_value_and_range(
+    folder, field, values, expected
+) -> None:
+    for value in values:
+        edit_config(folder, **{field: value})
+        message = re.escape(f"`{field}` must be {expected}") + f".*, got {re.escape(repr(value))};"
+        with pytest.raises(ModelLoadError, match=message):
+            load_scorer(folder)
+
+
+@pytest.mark.parametrize("changes", [{"neutral_below": 0}, {"neutral_below": 1.0}])
+def test_the_ends_of_a_range_belong_to_it(folder, changes) -> None:
+    edit_config(folder, **changes)
+    assert load_scorer(folder).score(REQUEST).neutral is (changes["neutral_below"] == 1)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +262,18 @@ def test_an_unknown_device_is_refused(device, tiny_model_folder) -> None:
 def test_an_unknown_precision_is_refused(dtype, tiny_model_folder) -> None:
     with pytest.raises(InputError, match="`dtype` must be one of auto, float32"):
         load_scorer(tiny_model_folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("limit", [-5, 0, 1.5, True, "x"])
+def test_a_batch_limit_that_is_no_number_of_tokens_is_refused(limit, tiny_model_folder) -> None:
+    with pytest.raises(InputError, match=f"`tokens_per_batch` must be an int .*, got {limit!r}"):
+        load_scorer(tiny_model_folder, tokens_per_batch=limit)
+
+
+@pytest.mark.parametrize("name", ["folder", "lanerank-mini", None])
+def test_a_revision_of_what_is_not_on_the_hub_is_refused(name, folder) -> None:
+    with pytest.raises(InputError, match="`revision='main'` is for a model on the Hugging Face"):
+        load_scorer(folder if name == "folder" else name, revision="main")
 
 
 def test_weights_that_are_not_numbers_load_and_their_scores_are_reported(folder) -> None:

@@ -234,6 +234,21 @@ def test_today_gives_dates_an_age(ranked, write) -> None:
     assert len(scores) == 2
 
 
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("date", ""),
+        ("site", ""),
+        ("[b]", "No document has the attribute [b]; there are: date, site\n"),
+        ("text", "No document has the attribute text; there are: date, site\n"),
+    ],
+)
+def test_an_attribute_that_no_document_has_is_told(field, said, ranked, write) -> None:
+    result = ranked("-q", "red", "-a", field, "-a", field, "--json", write(JSONL))
+    assert (result.exit_code, result.stderr) == (0, said)
+    assert strict_json(result.stdout)["results"]
+
+
 @pytest.mark.parametrize(("mode", "mark"), [("truncate", True), ("max_window", False)])
 def test_documents_that_were_cut_are_marked(mode, mark, ranked, write) -> None:
     result = ranked("-q", "red", "--long-documents", mode, write("short\nred " + "fish " * 300))
@@ -433,6 +448,8 @@ def test_a_model_that_does_not_fit_its_config_is_one_line(
         ("rank", "-q", "red", "--long-documents", "split"),
         ("rank", "-q", "red", "--today", "tomorrow"),
         ("rank", "-q", "red", "--no-such-option"),
+        ("demo", "-k", "0"),
+        ("demo", "--top-k", "-3"),
         ("evaluate",),
         ("no-such-command",),
     ],
@@ -509,14 +526,18 @@ def measured(scenarios, tiny_model_folder):
     return run
 
 
+ONE_SCENARIO = "no interval: the value rests on one scenario"
+
+
 @pytest.mark.parametrize(
     ("command", "options", "expected"),
     [
         ("following", ("--condition", "negated"), ["flip_accuracy", "random scores", "negated"]),
         ("following", ("--condition", "none"), ["against withheld"]),
         ("calibration", (), ["ece", "business_rule/threshold"]),
-        ("injection", ("--sample", "30"), ["lane_transfer", "position/"]),
+        ("injection", ("--sample", "30"), ["lane_transfer", "position/", ONE_SCENARIO]),
         ("compare", (), ["instruction-aware (1)", "nDCG@10", "rank-biased overlap"]),
+        ("compare", (), ["no interval", "neutral: does the interval of B - A lie within 0.02"]),
         ("compare", ("--measure", "RR@10", "--instruction-b", "red"), ["RR@10", "B: red"]),
     ],
 )
@@ -774,6 +795,12 @@ def test_models_show_colours_the_lanes() -> None:
     assert "\x1b[32m<instruction>We are a marine logistics company.</instruction>" in run.stdout
     assert "\x1b[36m<query>" in run.stdout
     assert "\x1b[33m" in run.stdout
+
+
+def test_models_show_knows_the_model_in_the_package() -> None:
+    shown = models("show", "lanerank-mini", catch_exceptions=False).stdout
+    for words in ("in the package", "512 of instruction", "128 of attributes", "README.md"):
+        assert words in shown
 
 
 def test_models_show_says_why_a_model_is_refused() -> None:

@@ -448,9 +448,20 @@ def test_unknown_options_are_refused_by_name(option, value, recording) -> None:
         Reranker(recording, **{option: value})
 
 
-def test_an_unknown_treatment_of_long_documents_is_refused_per_call(recording) -> None:
-    with pytest.raises(InputError, match="`long_documents` must be one of"):
-        Reranker(recording).rank("q", ["a"], long_documents="split")
+@pytest.mark.parametrize("value", ["split", "", 7, False, []])
+@pytest.mark.parametrize("documents", [["a"], []])
+def test_an_unknown_treatment_of_long_documents_is_refused_per_call(
+    value, documents, recording
+) -> None:
+    reranker = Reranker(recording)
+    for call in (
+        reranker.rank,
+        reranker.score,
+        lambda *given, **options: asyncio.run(reranker.arank(*given, **options)),
+        lambda query, _, **options: RerankRequest(query=query, **options),
+    ):
+        with pytest.raises(InputError, match=r"`long_documents` .*'truncate', 'max_window'"):
+            call("q", documents, long_documents=value)
 
 
 @pytest.mark.parametrize("argument", ["query", "instruction"])
@@ -461,7 +472,7 @@ def test_trusted_text_longer_than_the_model_is_refused_by_name(argument, tiny) -
 
 
 def test_an_instruction_beyond_all_limits_is_refused(tiny) -> None:
-    with pytest.raises(InstructionError, match="max_chars"):
+    with pytest.raises(InstructionError, match=r"30000 .* more than the 20000 .*; shorten it"):
         tiny.rank("red", ["a"], instruction="x" * 30_000)
 
 

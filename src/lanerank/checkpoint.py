@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -47,16 +48,19 @@ _TRANSFORMERS_FILES = (
     *("added_tokens.json", "merges.txt", "modules.json", "[0-9]_*/*", LOCAL_CONTRACT),
     CALIBRATION_FILE,
 )
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "attributes_budget",
-    "adapter_rank",
-)
+_SIZES = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 1,
+    "max_position_embeddings": 3,
+    "attributes_budget": 3,
+    "adapter_rank": 1,
+}
+"""The least that each size of a lane encoder may be; two tokens of a lane are for framing."""
+_LARGEST = 10_000_000
+"""The most that any of them may be. What is larger overflows in torch, and is a typing mistake."""
 
 
 def load_scorer(
@@ -82,7 +86,7 @@ def load_scorer(
         name_or_path: A folder, `"lanerank-mini"` (the default, in the package; a folder of that
             name is `"./lanerank-mini"`), or the id of a model on the Hugging Face hub. Only the
             last one uses the network.
-        revision: Branch, tag or commit on the hub.
+        revision: Branch, tag or commit on the hub; refused for a folder and for lanerank-mini.
         device: `"cpu"`, `"cuda"`, `"mps"`, ...; `"auto"` takes CUDA if there is one, else the CPU.
         dtype: Precision; `"auto"` is bfloat16 where the device has it natively, else float32.
         local_files_only: Never ask the hub; use what an earlier call has cached.
@@ -110,6 +114,11 @@ def load_scorer(
         raise InputError(f"`dtype` must be one of {', '.join(get_args(DtypeName))}, got {dtype!r}")
     if quantization not in (None, *get_args(Quantization)):
         raise InputError(f"`quantization` must be '8bit', '4bit' or None, got {quantization!r}")
+    if tokens_per_batch is not None and (type(tokens_per_batch) is not int or tokens_per_batch < 1):
+        raise InputError(
+            f"`tokens_per_batch` must be an int of at least 1, got {tokens_per_batch!r}; leave it "
+            "out for the scorer's own default"
+        )
     where = _device(device)
     precision = None if dtype == "auto" else getattr(torch, dtype)
     options = ModelOptions(
@@ -165,7 +174,7 @@ def _load_lane_encoder(
             f"`{changed[0]}` is not for a lane encoder, which {name!r} is; leave it out"
         )
     tokenizer = _tokenizer(folder / "tokenizer.json", config)
-    lanes = LaneTokenizer(tokenizer, _budgets(config, folder / "config.json"))
+    lanes = LaneTokenizer(tokenizer, _budgets(config))
     model = _weights(folder / "model.safetensors", config)
     limit = options.tokens_per_batch
     batch = {} if limit is None else {"tokens_per_batch": limit}
@@ -214,10 +223,15 @@ def _folder(
     name: str, *, revision: str | None, local_files_only: bool, known: bool, code: bool
 ) -> Path:
     # First, so that no folder of that name can pass for the model in the package.
-    if name == DEFAULT_MODEL:
-        return _EMBEDDED / name
-    if Path(name).is_dir():
-        return Path(name)
+    folder = _EMBEDDED / name if name == DEFAULT_MODEL else Path(name)
+    if folder.is_dir():
+        if revision is not None:
+            kind = "comes with lanerank" if name == DEFAULT_MODEL else "is a folder"
+            raise InputError(
+                f"`revision={revision!r}` is for a model on the Hugging Face hub, and {name!r} "
+                f"{kind}; leave it out"
+            )
+        return folder
     if Path(name).is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") != 1:
         raise ModelLoadError(
             f"there is no folder {name!r}, and it is not an id of the form 'owner/model'; "
@@ -282,12 +296,14 @@ def _config(folder: Path, name: str) -> LaneEncoderConfig:
         )
     try:
         config = LaneEncoderConfig.from_dict(fields)
-    except (TypeError, ValueError, StrictDataclassError) as error:
+    except (AttributeError, TypeError, ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ModelLoadError(f"{path} is not usable: {reason}") from error
-    for name in _SIZES:
-        if type(size := getattr(config, name)) is not int or size < 1:
-            raise ModelLoadError(f"{path} is not usable: `{name}` must be positive, got {size!r}")
+    for field, expected in _unusable_fields(config):
+        raise ModelLoadError(
+            f"{path} is not usable: `{field}` must be {expected}, got {getattr(config, field)!r}; "
+            "correct it, or fetch the model again"
+        )
     if config.hidden_size % config.num_attention_heads:
         raise ModelLoadError(
             f"{path} is not usable: `hidden_size` {config.hidden_size} is not a multiple of "
@@ -296,18 +312,31 @@ def _config(folder: Path, name: str) -> LaneEncoderConfig:
     return config
 
 
-def _budgets(config: LaneEncoderConfig, path: Path) -> LaneBudgets:
+def _unusable_fields(config: LaneEncoderConfig) -> Iterator[tuple[str, str]]:
+    """The fields that are not usable, each with what it must be."""
+    # Types are compared and not asked for, since True is an int too.
+    for name, least in _SIZES.items():
+        if type(size := getattr(config, name)) is not int or not least <= size <= _LARGEST:
+            yield name, f"a whole number from {least} to {_LARGEST}"
+    padding = config.pad_token_id
+    if padding is not None and (type(padding) is not int or not 0 <= padding < config.vocab_size):
+        yield "pad_token_id", f"null or a whole number from 0 to {config.vocab_size - 1}"
+    # NaN, which Python reads in JSON too, is in no range.
+    if type(eps := config.layer_norm_eps) is not float or not 0 < eps < 1:
+        yield "layer_norm_eps", "a number above 0 and below 1"
+    if type(below := config.neutral_below) not in (int, float) or not 0 <= below <= 1:
+        yield "neutral_below", "a number from 0 to 1"
+
+
+def _budgets(config: LaneEncoderConfig) -> LaneBudgets:
     positions = config.max_position_embeddings
-    try:
-        return LaneBudgets(
-            instruction=positions,
-            query=positions,
-            attributes=min(config.attributes_budget, positions),
-            document=positions,
-            window_overlap=positions // 8,
-        )
-    except InputError as error:
-        raise ModelLoadError(f"{path} is not usable: {error}") from error
+    return LaneBudgets(
+        instruction=positions,
+        query=positions,
+        attributes=min(config.attributes_budget, positions),
+        document=positions,
+        window_overlap=positions // 8,
+    )
 
 
 def _tokenizer(path: Path, config: LaneEncoderConfig) -> Tokenizer:

@@ -181,8 +181,8 @@ def resolve_instruction(
             continue
         if (length := len(instruction.render())) > max_chars:
             raise InstructionError(
-                f"the instruction from `{source}` has {length} characters, more than "
-                f"`max_chars={max_chars}`; shorten it or raise the limit"
+                f"the instruction from `{source}` has {length} characters, more than the "
+                f"{max_chars} that it may have; shorten it to what decides the order"
             )
         return Resolved(instruction=instruction, source=source)
     if require:

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Literal, Protocol, overload, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, overload, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -91,6 +91,14 @@ class RerankRequest:
     long_documents: LongDocuments = "truncate"
     progress: Callable[[int, int], None] | None = None
     """Called now and then with how many candidates are scored, and of how many."""
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown treatment of long documents, which scorers would take for the other."""
+        if self.long_documents not in get_args(LongDocuments):
+            raise InputError(
+                f"`long_documents` must be one of {get_args(LongDocuments)}, got "
+                f"{self.long_documents!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

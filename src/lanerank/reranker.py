@@ -133,7 +133,7 @@ class Reranker:
         Args:
             name_or_path: A folder, `"lanerank-mini"` (the default), or an id on the Hugging Face
                 hub.
-            revision: Branch, tag or commit on the hub.
+            revision: Branch, tag or commit on the hub; refused for a folder and for lanerank-mini.
             device: `"cpu"`, `"cuda"`, `"mps"`; `"auto"` takes CUDA if there is one.
             dtype: `"float32"`, `"bfloat16"`, `"float16"`; `"auto"` is bfloat16 where the device
                 has it natively.
@@ -424,9 +424,7 @@ class Reranker:
                 )
                 for item in items
             ),
-            long_documents=_one_of(
-                "long_documents", long_documents or self.long_documents, LongDocuments
-            ),
+            long_documents=self.long_documents if long_documents is None else long_documents,
         )
         return request, applied
 

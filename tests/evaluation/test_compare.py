@@ -538,7 +538,9 @@ class TestCompare:
         )
         for measure in comparison.pooled.measures.values():
             assert measure.a == measure.b
-            assert measure.difference == Estimate(value=0, low=0, high=0, n=12)
+            assert measure.difference == Estimate(
+                value=0, low=0, high=0, n=12, clusters=measure.a.clusters
+            )
             assert measure.p_value == measure.p_adjusted == 1.0
             assert measure.neutral is True
             assert (measure.wins, measure.ties, measure.losses) == (0, 12, 0)

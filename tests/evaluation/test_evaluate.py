@@ -360,7 +360,7 @@ def test_report_survives_json():
     assert EvaluationReport.model_validate_json(text) == report
     content = json.loads(text)
     assert content["attack"] is None
-    assert set(content["lift"]) == {"value", "low", "high", "n"}
+    assert set(content["lift"]) == {"value", "low", "high", "n", "clusters"}
     assert list(content["by_kind"]) == list(ALL_KINDS)
 
 

@@ -796,7 +796,7 @@ def test_the_report_survives_json(random_report) -> None:
     text = random_report.model_dump_json()
     assert InjectionReport.model_validate_json(text) == random_report
     content = json.loads(text)
-    assert set(content["overall"]["shift"]) == {"value", "low", "high", "n"}
+    assert set(content["overall"]["shift"]) == {"value", "low", "high", "n", "clusters"}
     assert list(content["by_repeats"]) == ["1", "2", "3", "4", "5"]
     interval = "95% percentile bootstrap over scenarios, 2000 resamples, seed 0"
     assert random_report.interval == interval

@@ -18,6 +18,7 @@ from lanerank.evaluation import (
     flip_outcomes,
     ndcg,
 )
+from lanerank.evaluation.measures import estimate_mean
 
 PROBABILITY = st.floats(0, 1, allow_subnormal=False)
 JUDGED = st.lists(st.tuples(PROBABILITY, st.booleans()), min_size=1, max_size=60)
@@ -171,6 +172,13 @@ def clustered(seed, clusters=40, size=4):
 
 
 class TestBootstrap:
+    def test_one_cluster_has_no_interval_however_many_values_it_has(self):
+        alone = estimate_mean([(7, [0.0, 1.0]), (7, 0.5), (8, math.nan)])
+        assert (alone.clusters, alone.n, alone.bounds()) == (1, 3, "no interval")
+        # Clusters that agree have one, of no width.
+        alike = estimate_mean([(7, 0.5), (8, 0.5)])
+        assert (alike.clusters, alike.bounds("+", between=" to ")) == (2, "+0.500 to +0.500")
+
     def test_covers_the_true_mean_as_often_as_it_says(self):
         intervals = [bootstrap_interval(*clustered(seed), n=400) for seed in range(200)]
         covered = np.mean([low <= 0 <= high for low, high in intervals])

@@ -246,7 +246,10 @@ def compare(
             "nDCG@10 with the gain 2^grade - 1.",
         ),
     ] = None,
-    margin: Annotated[float, typer.Option(help="Differences below it do not matter.")] = 0.02,
+    margin: Annotated[
+        float,
+        typer.Option(help="Differences below it do not matter; `neutral`: whether that is shown."),
+    ] = 0.02,
     qrels: Annotated[Path | None, typer.Option(help="TREC: grades.")] = None,
     run: Annotated[
         Path | None, typer.Option(help="TREC: run A, or the candidates to rank anew.")
@@ -458,10 +461,17 @@ def _finish(
         table.add_column("measure")
         for heading in ("value", "95% interval", "n"):
             table.add_column(heading, justify="right")
-        for name, estimate in rows:
-            interval = f"{estimate.low:.3f} to {estimate.high:.3f}"
+        estimates = list(rows)
+        for name, estimate in estimates:
+            interval = estimate.bounds(between=" to ")
             table.add_row(escape(name), f"{estimate.value:.3f}", interval, str(estimate.n))
         out.print(table)
+        if any(estimate.clusters == 1 for _, estimate in estimates):
+            out.print(
+                "no interval: the value rests on one scenario, and says nothing of others",
+                style="dim",
+                highlight=False,
+            )
     if json_to is not None:
         _write_json(found, json_to)
 
@@ -480,7 +490,7 @@ def _print_following(report: FollowingReport) -> None:
     def cell(estimate: Estimate | None) -> str:
         if estimate is None:
             return ""
-        return f"{estimate.value:.3f}\n[dim]{estimate.low:.3f} to {estimate.high:.3f}[/dim]"
+        return f"{estimate.value:.3f}\n[dim]{estimate.bounds(between=' to ')}[/dim]"
 
     table = Table(
         title=f"{escape(report.model)}: {report.lanes} lanes with an instruction",
@@ -525,7 +535,7 @@ def _print_comparison(comparison: Comparison) -> None:
                 f"{name} ({group.queries})\n[dim]{printable(measure_label(measure), 40)}[/dim]",
                 f"{found.a.value:.3f}",
                 f"{found.b.value:.3f}",
-                f"{change.value:+.3f}\n[dim]{change.low:+.3f} to {change.high:+.3f}[/dim]",
+                f"{change.value:+.3f}\n[dim]{change.bounds('+', between=' to ')}[/dim]",
                 f"{found.p_adjusted:.3f}",
                 f"{found.wins} / {found.ties} / {found.losses}",
                 {True: "yes", False: "no", None: "?"}[found.neutral],
@@ -540,6 +550,14 @@ def _print_comparison(comparison: Comparison) -> None:
             highlight=False,
         )
     out.print(f"p: {escape(comparison.test)}", style="dim", highlight=False)
+    if comparison.pooled.measures:
+        out.print(
+            f"neutral: does the interval of B - A lie within {comparison.margin:g} of 0, so that "
+            "the difference does not matter? 'no' says that this is not shown, '?' that there are "
+            "too few queries to tell",
+            style="dim",
+            highlight=False,
+        )
     moved = [query for query in comparison.per_query if query.moved][:5]
     for query in moved:
         documents = ", ".join(

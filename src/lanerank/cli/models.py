@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from importlib.resources import files
 from typing import Annotated
 
 import typer
@@ -21,6 +23,7 @@ _INSTRUCTION = {
     (True, False): "instruction open",
     (False, False): "instruction none",
 }
+_EMBEDDED = "lanerank-mini"
 _LANE_STYLES = {Lane.INSTRUCTION: "green", Lane.QUERY: "cyan", Lane.DOCUMENT: "yellow"}
 
 
@@ -59,7 +62,7 @@ def models(
         )
         return
     out.print(
-        "[bold]lanerank-mini[/bold], in the package: instruction isolated; Apache-2.0; English"
+        f"[bold]{_EMBEDDED}[/bold], in the package: instruction isolated; Apache-2.0; English"
     )
     for contract in contracts():
         how = _INSTRUCTION[contract.supports_instructions, contract.isolates_instruction]
@@ -116,6 +119,9 @@ def show(
     ] = "Ten years of port-state inspections of tankers.",
 ) -> None:
     """Show how a model is asked, the lanes in colours, and where that is known from."""
+    if name == _EMBEDDED:
+        _show_embedded()
+        return
     contract = contract_for(name)
     facts = contract.model_dump(
         include={"family", "kind", "licence", "languages", "max_tokens", "verified", "notes"}
@@ -149,3 +155,23 @@ def show(
             f"less {contract.mapping.shift:g}, over {contract.mapping.scale:g}",
             highlight=False,
         )
+
+
+def _show_embedded() -> None:
+    """The model in the package, which has no prompt."""
+    folder = files("lanerank") / "models" / _EMBEDDED
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    positions, attributes = config["max_position_embeddings"], config["attributes_budget"]
+    facts = {
+        "model": f"{_EMBEDDED}, in the package: what runs where no model is named",
+        "kind": "lane_encoder",
+        "licence": "Apache-2.0",
+        "languages": "English",
+        "max_tokens": f"{positions} of instruction, of query and of document, "
+        f"{attributes} of attributes",
+        "isolates_instruction": True,
+        "prompt": "none; each lane is read by itself, with no text around it",
+        "source": folder / "README.md",
+    }
+    for key, value in facts.items():
+        out.print(f"[bold]{key}[/bold]: {escape(str(value))}", highlight=False, soft_wrap=True)

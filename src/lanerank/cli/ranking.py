@@ -7,7 +7,7 @@ import math
 import re
 import reprlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -114,7 +114,26 @@ def rank(
             top_k=top_k,
             progress=progress,
         )
+    _tell_absent(attribute or (), documents)
     print_ranking(ranking, as_json=as_json)
+
+
+def _tell_absent(attributes: Iterable[str], documents: Sequence[str | dict[str, Any]]) -> None:
+    """Say on standard error which attributes no document has; most are typing mistakes."""
+    fields: dict[str, None] = {}
+    for document in documents:
+        if isinstance(document, dict):
+            fields.update(dict.fromkeys(document.keys() - {"text", "id", "metadata"}))
+            fields.update(dict.fromkeys(document.get("metadata") or {}))
+    for name in dict.fromkeys(attributes):
+        if documents and name not in fields:
+            known = printable(", ".join(sorted(fields)), 200) or "none"
+            err.print(
+                f"[yellow]No document has the attribute[/yellow] {printable(name, 60)}; "
+                f"there are: {known}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def _check_used(
@@ -142,7 +161,9 @@ def demo(
     *,
     model: ModelOption = None,
     device: DeviceOption = "auto",
-    top_k: Annotated[int, typer.Option("--top-k", "-k", help="Rows of the second table.")] = 8,
+    top_k: Annotated[
+        int, typer.Option("--top-k", "-k", min=1, help="Rows of the second table.")
+    ] = 8,
 ) -> None:
     """Re-rank two small corpora, each under different instructions; needs no network."""
     data = json.loads((files("lanerank") / "demo.json").read_text(encoding="utf-8"))

@@ -481,7 +481,13 @@ class JudgedPairs:
         return self._estimate(float(terms.mean()), bootstrap_interval(terms, self.scenarios))
 
     def _estimate(self, value: float, bounds: tuple[float, float]) -> Estimate:
-        return Estimate(value=value, low=bounds[0], high=bounds[1], n=self.scores.size)
+        return Estimate(
+            value=value,
+            low=bounds[0],
+            high=bounds[1],
+            n=self.scores.size,
+            clusters=np.unique(self.scenarios).size,
+        )
 
 
 def score_pairs(
@@ -559,4 +565,4 @@ def _threshold_spread(pairs: JudgedPairs) -> Estimate | None:
     number = int(scenarios.max()) + 1
     value = spread(np.ones(number, dtype=np.int64))
     low, high = counted_interval(spread, number, value)
-    return Estimate(value=value, low=low, high=high, n=len(kinds))
+    return Estimate(value=value, low=low, high=high, n=len(kinds), clusters=number)

@@ -60,7 +60,7 @@ def interval_chart(title: str, bars: Sequence[Bar], *, low: float, high: float) 
         if bar.baseline is not None:
             lines.append((bar.baseline, "gray", y + 5))
         for estimate, ink, height in lines:
-            tip = f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}], n {estimate.n}"
+            tip = f"{estimate.value:.3f} [{estimate.bounds()}], n {estimate.n}"
             parts.append(
                 element(
                     "g",

@@ -521,7 +521,13 @@ def _summarise(
 def _estimate(values: ArrayLike, clusters: ArrayLike) -> Estimate:
     terms = np.asarray(values, dtype=float)
     low, high = bootstrap_interval(terms, clusters)
-    return Estimate(value=float(terms.mean()), low=low, high=high, n=terms.size)
+    return Estimate(
+        value=float(terms.mean()),
+        low=low,
+        high=high,
+        n=terms.size,
+        clusters=np.unique(np.asarray(clusters)).size,
+    )
 
 
 def _entries(name: str, given: object) -> list[tuple[str, Mapping[str, Any]]]:

@@ -542,7 +542,7 @@ def _estimate_transfer(outcomes: Sequence[_Outcome]) -> Estimate | None:
         return ratios
 
     low, high = percentile_interval(ratio, len(above), value, RESAMPLES, SEED)
-    return Estimate(value=value, low=low, high=high, n=int(known.sum()))
+    return Estimate(value=value, low=low, high=high, n=int(known.sum()), clusters=len(above))
 
 
 def _worst(outcomes: Sequence[_Outcome]) -> tuple[AttackExample, ...]:

@@ -41,6 +41,21 @@ class Estimate(BaseModel):
     """The interval's upper bound."""
     n: int
     """How many terms the value is made of; each measure says what its terms are."""
+    clusters: int | None = None
+    """How many independent units, such as scenarios, the bounds were drawn from; `None` where they
+    were made otherwise. One unit says nothing of the spread: both bounds are then the value, and no
+    interval."""
+
+    def bounds(self, sign: str = "", *, between: str = ", ") -> str:
+        """Both bounds as text, such as `0.123, 0.456`, or that there is no interval.
+
+        Args:
+            sign: `"+"` to write the sign of what is above 0.
+            between: What stands between the bounds.
+        """
+        if self.clusters == 1:
+            return "no interval"
+        return f"{self.low:{sign}.3f}{between}{self.high:{sign}.3f}"
 
 
 def estimate_mean(terms: Iterable[tuple[int, ArrayLike]]) -> Estimate | None:
@@ -62,7 +77,13 @@ def estimate_mean(terms: Iterable[tuple[int, ArrayLike]]) -> Estimate | None:
     if not kept.any():
         return None
     low, high = bootstrap_interval(values[kept], clusters[kept])
-    return Estimate(value=float(values[kept].mean()), low=low, high=high, n=int(kept.sum()))
+    return Estimate(
+        value=float(values[kept].mean()),
+        low=low,
+        high=high,
+        n=int(kept.sum()),
+        clusters=np.unique(clusters[kept]).size,
+    )
 
 
 def describe_interval(clusters: str = "scenarios") -> str:

@@ -313,8 +313,8 @@ def _all_numbers(report: Report) -> list[Element]:
 
 
 def _range(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+    return f"{estimate.value:.3f} [{estimate.bounds()}]"
 
 
 def _signed(estimate: Estimate) -> str:
-    return f"{estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
+    return f"{estimate.value:+.3f} [{estimate.bounds('+')}]"

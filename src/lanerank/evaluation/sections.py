@@ -305,10 +305,9 @@ def row(name: str, *cells: str | Estimate | None, signed: Collection[int] = ()) 
 def _cell(content: str | Estimate | None, sign: str) -> Element:
     if not isinstance(content, Estimate):
         return element("td", {"class": "number"}, content or "")
-    bounds = f"[{content.low:{sign}.3f}, {content.high:{sign}.3f}]"
     return element(
         "td",
         {"class": "number"},
         f"{content.value:{sign}.3f} ",
-        element("span", {"class": "soft bounds"}, bounds),
+        element("span", {"class": "soft bounds"}, f"[{content.bounds(sign)}]"),
     )
