@@ -127,6 +127,12 @@ def test_a_scorer_that_ignores_instructions_is_told_so():
     assert "Documents that give orders" not in text
 
 
+def test_one_scenario_proves_nothing():
+    given = scenarios()[:1]
+    report = make_report(Scripted(oracle(given), "oracle"), given, parts=("following",))
+    assert "Too few scenarios to tell, in 1.000 [no interval] of the cases" in report.to_html()
+
+
 def test_an_instruction_that_harms_is_told_so():
     given = scenarios()
     wanted = oracle(given)

@@ -226,10 +226,12 @@ def _answer_following(report: FollowingReport | None) -> Iterable[tuple[str, str
     if report is None:
         return
     if flips := report.flip_accuracy:
-        beyond = flips.model.low > flips.random.high
+        verdict = "Yes" if flips.model.low > flips.random.high else "Not beyond chance"
+        if flips.model.clusters == 1:
+            verdict = "Too few scenarios to tell"
         yield (
             "Does a document's score move as the instruction says?",
-            f"{'Yes' if beyond else 'Not beyond chance'}, in {_range(flips.model)} of the cases; "
+            f"{verdict}, in {_range(flips.model)} of the cases; "
             f"a random order would in {flips.random.value:.3f}.",
         )
     matched = report.conditions.get("matched")
