@@ -340,6 +340,17 @@ def test_an_enclosing_instruction_applies(lists, out) -> None:
         rank_dataset(lists, out, model=overlap, concurrency=0)
 
 
+@pytest.mark.parametrize("form", ["lists", "pairs"])
+def test_the_output_says_which_instructions_the_model_left_out(tmp_path, out, suffix, form) -> None:
+    applied = {"Answer politely.": "neutral", "The user is vegan.": "lane", None: None}
+    text = {"documents": FISH} if form == "lists" else {"document": FISH[0]}
+    # Two of each, so that some are scored together.
+    rows = [{"query": "lunch ideas", "i": each, **text} for each in applied] * 2
+    source = write(tmp_path / f"in{suffix}", rows)
+    rank_dataset(source, out, form=form, instruction_column="i", **EXACT)
+    assert [row["instruction_applied"] for row in read(out)] == [*applied.values()] * 2
+
+
 def test_an_instruction_that_the_model_cannot_read_ends_the_run(lists, out) -> None:
     def deaf(choice="raise") -> Reranker:
         return Reranker(OverlapScorer(supports_instructions=False), on_unsupported=choice)
@@ -1017,6 +1028,55 @@ def test_other_inputs_are_refused(tmp_path, out, files, source, said) -> None:
     assert not out.exists() or not list(out.glob("part-*"))
 
 
+ODD_PATHS = {
+    "": "is ''; pass a path",
+    " ": "is ' '; pass a path",
+    "a\0b": "holds a NUL",
+    "\ud800": "holds a NUL or half of a character",
+    "a" * 5000: "cannot be used: File name too long; check",
+    "a/" * 5000: "cannot be used: File name too long; check",
+    **dict.fromkeys((None, 3, True, b"in", ("in",)), "must be a str or a Path, got"),
+}
+
+
+@pytest.mark.parametrize("path", ODD_PATHS, ids=lambda path: repr(path)[:12])
+def test_a_path_that_can_be_none_is_refused_by_argument(path, lists, out) -> None:
+    with pytest.raises(InputError, match="^`source` .*" + re.escape(ODD_PATHS[path])):
+        rank_dataset(path, out, model=overlap, concurrency=0)
+    with pytest.raises(InputError, match="^`destination` .*" + re.escape(ODD_PATHS[path])):
+        rank_dataset(lists, path, model=overlap, concurrency=0)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/out", "circle", "circle/out"])
+def test_a_destination_where_no_folder_can_be_is_refused(place, lists, tmp_path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(InputError, match=r"^`destination` .*(is a file; pass a folder|check each)"):
+        rank_dataset(lists, tmp_path / place, model=overlap, concurrency=0)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["_lock", "_running.json"])
+def test_a_folder_in_the_place_of_a_file_is_refused_and_left(name, lists, out) -> None:
+    (out / name).mkdir(parents=True)
+    with pytest.raises(InputError, match=r"^`destination` .* Is a directory; check"):
+        rank_dataset(lists, out, model=overlap, concurrency=0)
+    assert (out / name).is_dir()
+    (out / name).rmdir()
+    assert rank_dataset(lists, out, model=overlap, concurrency=0).rows == 10
+
+
+def test_a_file_whose_name_is_no_text_is_refused(tmp_path, out) -> None:
+    file = tmp_path / os.fsdecode(b"in\xff.jsonl")
+    try:
+        write(file, [GOOD])
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    with pytest.raises(InputError, match=r"^`source` has a file whose name is not UTF-8.*rename"):
+        rank_dataset(file, out, model=overlap, concurrency=0)
+
+
 def test_object_storage_is_refused_with_a_way_out(lists, out) -> None:
     with pytest.raises(InputError, match=r"`source` must be a path.*mount it"):
         rank_dataset("s3://bucket/in.parquet", out)
@@ -1128,8 +1188,12 @@ def test_columns_of_one_name_are_refused(tmp_path, out) -> None:
     "options",
     [
         *({"top_k": value} for value in (0, -1, True, 2.0, "3")),
-        *({"batch_size": value} for value in (0, True, 1.5)),
-        *({"rows_per_shard": value} for value in (0, -3)),
+        *({"batch_size": value} for value in (0, True, 1.5, 10**30, 10**5000)),
+        *({"rows_per_shard": value} for value in (0, -3, 10**30)),
+        {"top_k": 10**30},
+        *({"model": value} for value in ("", " ", "a" * 5000, 3, "\ud800")),
+        *({name: "\ud800"} for name in ("instruction", "prefix")),
+        {"progress": 3},
         *({"concurrency": value} for value in (-1, (0, 2), (3, 2), (1, 2, 3), True, 1.5)),
         {"form": "triples"},
         {"on_bad_row": "ignore"},

@@ -25,6 +25,7 @@ import math
 import reprlib
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -34,8 +35,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from lanerank.contracts import LongDocuments, Scores
 from lanerank.errors import InputError, InstructionNotSupportedError, ModelLoadError
-from lanerank.markers import check_markers, neutralise
-from lanerank.template import Mapping01, PromptTemplate
+from lanerank.markers import Steps, at_once, check_markers, neutralising
+from lanerank.template import Mapping01, PromptTemplate, Segment
 
 ScoreKind = Literal["unit", "logit", "raw"]
 """What a service's scores are: in [0, 1] as they stand, logits whose sigmoid is, or any numbers."""
@@ -49,10 +50,19 @@ SPECIAL_TOKENS = (
     *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|system|>", "<|user|>"),
     *("<|assistant|>", "<|end|>", "<|embed_token|>", "<|rerank_token|>", "<|score_token|>"),
     *("<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<pad>", "<mask>", "<s>", "</s>"),
-    *("<think>", "</think>", "[INST]", "[/INST]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"),
+    *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+    *("<<SYS>>", "<</SYS>>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+    *("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_CONTENT]"),
+    *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[MODEL_SETTINGS]", "[/MODEL_SETTINGS]"),
+    *("[THINK]", "[/THINK]", "[start_header_id]", "[end_header_id]", "[gMASK]", "[sMASK]"),
+    *("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[BOS]", "[EOS]", "[EOT]", "]~!b[", "]~b]", "[e~["),
 )
-"""Tokens that mark turns and lanes in the usual prompts. A server that turns one string into ids
-reads them in a document as if they were its own."""
+"""Tokens that mark turns and lanes. A server that turns one string into ids reads them in a
+document as if they were its own.
+
+Most others are known by their form, see `neutralise`. Here are those that only a list can tell from
+tags and words in brackets, and the usual ones, which count with white space in them too. Left out
+are some that honest text has far more often than attacks: `[IMG]`, `[ARGS]`, `<role>`."""
 
 
 class Key(BaseModel):
@@ -239,34 +249,49 @@ class ServiceContract(BaseModel):
             InputError: Windows are asked for, and the service cannot be told.
             InstructionNotSupportedError: The instruction would not reach the model.
         """
-        self._check_call(instruction, model, template, long_documents)
-        shape, channel = self.request, self.instruction
-        body: dict[str, JsonValue] = dict(shape.extra)
-        markers = self._markers(template)
-        attributes = [neutralise(lane, markers) for _, lane in documents]
-        texts = [
-            f"{lane}\n{text}" if lane and shape.attributes is None else text
-            for text, lane in documents
-        ]
-        field = None
-        if channel is not None and channel.template and template is not None and template.segments:
-            body.update(channel.extra)
-            query, texts = _rendered(template, markers, query, instruction, texts)
-        else:
-            query, instruction, *texts = (
-                neutralise(text, markers) for text in (query, instruction, *texts)
+        draft = at_once(
+            self.draft(
+                query=query,
+                instruction=instruction,
+                model=model,
+                template=template,
+                long_documents=long_documents,
             )
-            if instruction and channel is not None and channel.query is not None:
-                query = channel.query.format(query=query, instruction=instruction)
-            field = None if channel is None else channel.field
-        _put(body, shape.model, model)
-        _put(body, shape.query, query)
-        _put(body, shape.documents, self._items(texts, attributes))
-        if shape.text is None and any(attributes):
-            _put(body, shape.attributes, list(attributes))
-        _put(body, field, instruction or None)
-        _put(body, shape.long_documents, None if long_documents == "truncate" else long_documents)
-        return body
+        )
+        return draft.body([at_once(draft.document(*document)) for document in documents])
+
+    def draft(
+        self,
+        *,
+        query: str,
+        instruction: str = "",
+        model: str | None = None,
+        template: PromptTemplate | None = None,
+        long_documents: LongDocuments = "truncate",
+    ) -> Steps[Draft]:
+        """`body` in steps: what comes before documents are known. Arguments and errors are its."""
+        self._check_call(instruction, model, template, long_documents)
+        channel, markers = self.instruction, self._markers(template)
+        query = yield from self._harmless(query, markers)
+        instruction = yield from self._harmless(instruction, markers)
+        frame = None
+        if channel is not None and channel.template and template is not None and template.segments:
+            query, frame = _rendered(template, markers, query, instruction)
+        elif instruction and channel is not None and channel.query is not None:
+            query = channel.query.format(query=query, instruction=instruction)
+        return Draft(
+            contract=self,
+            model=model,
+            query=query,
+            instruction=instruction,
+            long_documents=long_documents,
+            markers=markers,
+            frame=frame,
+        )
+
+    def _harmless(self, text: str, markers: tuple[str, ...]) -> Steps[str]:
+        """A text that the service cannot take for anything but text."""
+        return neutralising(text, markers, chat_tokens=not self.isolates_lanes)
 
     def _check_call(
         self,
@@ -285,18 +310,6 @@ class ServiceContract(BaseModel):
                 f"`long_documents='max_window'` is not for {self.service!r}, which alone can count "
                 "the tokens of its model; split the documents, or leave 'truncate'"
             )
-
-    def _items(self, texts: Sequence[str], attributes: Sequence[str]) -> list[JsonValue]:
-        shape = self.request
-        if shape.text is None:
-            return list(texts)
-        items: list[JsonValue] = []
-        for text, lane in zip(texts, attributes, strict=True):
-            item: dict[str, JsonValue] = {shape.text: text}
-            if shape.attributes is not None and lane:
-                item[shape.attributes] = lane
-            items.append(item)
-        return items
 
     def read(self, answer: object, count: int, *, scores: ScoreKind | None = None) -> Scores:
         """The scores of an answer, in the order of the request.
@@ -353,6 +366,70 @@ class ServiceContract(BaseModel):
         return tuple(dict.fromkeys((*self.markers, *own, *SPECIAL_TOKENS)))
 
 
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What stands around the document in a rendered prompt that is sent as two texts."""
+
+    lane: Segment
+    after: str
+
+    def around(self, text: str) -> str:
+        return self.lane.before + text + self.lane.after + self.after
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A request of which all is known but the documents, so that it serves for several."""
+
+    contract: ServiceContract
+    model: str | None
+    query: str
+    instruction: str
+    long_documents: LongDocuments
+    markers: tuple[str, ...]
+    frame: _Frame | None
+
+    def document(self, text: str, attributes: str) -> Steps[tuple[str, str]]:
+        """A document as `body` takes it: its text and attributes, without what marks lanes."""
+        if attributes and self.contract.request.attributes is None:
+            # As one, since a marker may lie across the two.
+            text, attributes = f"{attributes}\n{text}", ""
+        if self.frame is not None and self.frame.lane.strip:
+            text = text.strip()
+        text = yield from self.contract._harmless(text, self.markers)
+        attributes = yield from self.contract._harmless(attributes, self.markers)
+        return text if self.frame is None else self.frame.around(text), attributes
+
+    def body(self, documents: Sequence[tuple[str, str]]) -> dict[str, JsonValue]:
+        """The body of a request for documents that `document` gave."""
+        shape, channel = self.contract.request, self.contract.instruction
+        body: dict[str, JsonValue] = dict(shape.extra)
+        if self.frame is not None and channel is not None:
+            body.update(channel.extra)
+        windows = None if self.long_documents == "truncate" else self.long_documents
+        attributes: list[JsonValue] = [lane for _, lane in documents]
+        _put(body, shape.model, self.model)
+        _put(body, shape.query, self.query)
+        _put(body, shape.documents, self._items(documents))
+        if shape.text is None and any(attributes):
+            _put(body, shape.attributes, attributes)
+        _put(body, None if channel is None else channel.field, self.instruction or None)
+        _put(body, shape.long_documents, windows)
+        return body
+
+    def _items(self, documents: Sequence[tuple[str, str]]) -> list[JsonValue]:
+        shape = self.contract.request
+        if shape.text is None:
+            return [text for text, _ in documents]
+        items: list[JsonValue] = []
+        for text, lane in documents:
+            item: dict[str, JsonValue] = {shape.text: text}
+            if shape.attributes is not None and lane:
+                item[shape.attributes] = lane
+            items.append(item)
+        return items
+
+
 def check_rendering(template: PromptTemplate, contract: ServiceContract) -> None:
     """Refuse a prompt that cannot be sent to a service as two texts, query and document.
 
@@ -372,8 +449,8 @@ def check_rendering(template: PromptTemplate, contract: ServiceContract) -> None
             "instruction, so one text would hold both; load the model with `from_pretrained`, or "
             "serve it with a server that takes an instruction"
         )
-    before, texts = _rendered(template, (), "x", "x", ["x"])
-    if contract.strips and any(text != text.strip() for text in (before, *texts)):
+    before, frame = _rendered(template, (), "x", "x")
+    if contract.strips and any(text != text.strip() for text in (before, frame.around("x"))):
         raise InputError(
             f"the contract {template.family!r} has white space at the end of the prompt or before "
             f"the document, which {contract.service!r} drops, so the answer would be read at the "
@@ -382,13 +459,9 @@ def check_rendering(template: PromptTemplate, contract: ServiceContract) -> None
 
 
 def _rendered(
-    template: PromptTemplate,
-    markers: tuple[str, ...],
-    query: str,
-    instruction: str,
-    documents: Sequence[str],
-) -> tuple[str, list[str]]:
-    """The prompt as two texts: up to the document, and from it on."""
+    template: PromptTemplate, markers: tuple[str, ...], query: str, instruction: str
+) -> tuple[str, _Frame]:
+    """The prompt up to the document, and what stands around that."""
     # Special tokens are text here, so content must not spell them; by ids it could not.
     template = template.model_copy(update={"markers": markers})
     segments, _ = template.variant(instruction)
@@ -396,10 +469,7 @@ def _rendered(
     pieces = template.render(query=query, document="", instruction=instruction)
     before = "".join(piece.text for piece in pieces[:place])
     after = "".join(piece.text for piece in pieces[place + 1 :])
-    own = segments[place]
-    return before, [
-        own.before + template.content(own, text) + own.after + after for text in documents
-    ]
+    return before, _Frame(segments[place], after)
 
 
 def _score(score: object, index: int, kind: ScoreKind) -> float:

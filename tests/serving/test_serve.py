@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -18,10 +19,13 @@ import psutil
 import pytest
 from ray import serve
 
-from lanerank import Document, InputError, Instruction, RemoteError, Reranker
+from lanerank import Document, InputError, Instruction, ModelError, RemoteError, Reranker
+from lanerank.contracts import Candidate, RerankRequest
+from lanerank.distributed import rank_dataset
 from lanerank.serving import build
-from lanerank.serving.deployment import ReplicatedScorer
+from lanerank.serving.deployment import Model, ReplicatedScorer
 from lanerank.serving.metrics import Metrics
+from lanerank.serving.settings import ServerSettings
 
 CLOSE = 1e-5
 WORDS = "red blue green marine coach olympiad team shipping engineer candidate".split()
@@ -334,6 +338,53 @@ def test_a_program_on_the_same_ray_needs_no_http(server, core) -> None:
         Reranker(scorer).score("fish " * 500, FISH)
 
 
+# An instruction that the model leaves out
+
+APPLIED = {"Answer politely.": "neutral", "The user is vegan.": "lane"}
+
+
+@pytest.fixture(scope="module")
+def mini(server) -> Iterator[str]:
+    """The address of the model in the package, as a second application of the same Serve."""
+    serve.run(build({"num_cpus": "0.5"}), name="mini", route_prefix="/mini")
+    yield f"{server.url}/mini"
+    serve.delete("mini")
+
+
+@pytest.mark.parametrize("instruction", APPLIED)
+def test_the_answer_says_that_an_instruction_was_left_out(instruction, mini) -> None:
+    body = {"query": "lunch ideas", "documents": FISH, "instruction": instruction}
+    answer = httpx.post(f"{mini}/v1/rerank", json=body, timeout=120).json()
+    assert answer["meta"]["instruction"]["applied"] == APPLIED[instruction]
+
+
+@pytest.mark.parametrize("instruction", APPLIED)
+def test_a_reranker_over_the_network_says_that_it_was_left_out(instruction, mini) -> None:
+    async def awaited():
+        async with reranker.scorer:
+            return await reranker.arank("lunch ideas", FISH, instruction=instruction)
+
+    with Reranker.from_url(mini, service="lanerank").scorer as scorer:
+        reranker = Reranker(scorer)
+        ranking = reranker.rank("lunch ideas", FISH, instruction=instruction)
+        plain = reranker.rank("lunch ideas", FISH)
+        again = asyncio.run(awaited())
+    assert ranking.instruction_applied == again.instruction_applied == APPLIED[instruction]
+    assert plain.instruction_applied is None
+    same = [each.score for each in ranking] == [each.score for each in plain]
+    assert same is (APPLIED[instruction] == "neutral")
+
+
+def test_bulk_output_of_a_server_says_that_it_was_left_out(mini, tmp_path) -> None:
+    rows = [{"query": "lunch ideas", "documents": FISH, "i": each} for each in (*APPLIED, None)]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    rank_dataset(source, tmp_path / "out", model=mini, instruction_column="i", concurrency=0)
+    [part] = (tmp_path / "out").glob("part-*")
+    found = [json.loads(line)["instruction_applied"] for line in part.read_text().splitlines()]
+    assert found == [*APPLIED.values(), None]
+
+
 # What goes wrong behind it
 
 
@@ -366,6 +417,47 @@ def test_a_model_that_dies_is_replaced(server, core) -> None:
     assert seen <= {200, 503}
     expected = core.score("red fish", FISH, instruction="marine team only")
     assert answer.json()["scores"] == pytest.approx(expected, abs=CLOSE)
+
+
+@pytest.fixture
+def slow(server, tiny_model_folder) -> Iterator[serve.handle.DeploymentHandle]:
+    """A model that takes 0.1 s for each forward pass, and time for few of them."""
+
+    # In here it is sent to its process by value, which cannot import this file.
+    class Slow(Model):
+        def __init__(self, settings: ServerSettings) -> None:
+            super().__init__(settings)
+            self._passes = 0
+            self.scorer.tokens_per_batch = 1
+            self.scorer.model.head_output.register_forward_hook(self._pass)
+
+        def _pass(self, *_: object) -> None:
+            self._passes += 1
+            time.sleep(0.1)
+
+        async def passes(self) -> int:
+            return self._passes
+
+    settings = ServerSettings(model=str(tiny_model_folder), timeout_s=1.0)
+    model = serve.deployment(Slow, name="Slow", ray_actor_options={"num_cpus": 0.5})
+    yield serve.run(model.bind(settings), name="slow", route_prefix="/slow")
+    serve.delete("slow")
+
+
+def test_a_request_that_timed_out_stops_at_the_next_forward_pass(slow) -> None:
+    short, long = (
+        RerankRequest(
+            query="red", instruction=USERS[0], candidates=(Candidate(text="red fish"),) * count
+        )
+        for count in (1, 300)
+    )
+    scorer = ReplicatedScorer(slow, Metrics())
+    with pytest.raises(ModelError, match="`timeout_s`"):
+        asyncio.run(scorer.ascore(long))
+    # It had begun, and of half a minute's work no more than a second's was done.
+    assert 0 < slow.passes.remote().result() <= 11
+    # The model is free for the next.
+    assert len(asyncio.run(scorer.ascore(short)).values) == 1
 
 
 # Ray's own tools

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -22,11 +24,12 @@ from lanerank.distributed.plan import (
     Manifest,
     Settings,
     Source,
+    check_path,
     differences,
     digest,
     find_source,
+    reached,
     reaches,
-    refuse_url,
 )
 from lanerank.distributed.rows import Columns, Form
 from lanerank.distributed.store import BAD_ROWS, ShardRecord, Store
@@ -154,6 +157,8 @@ def rank_dataset(
         raise InputError(f"`on_bad_row` must be one of {get_args(OnBadRow)}, got {on_bad_row!r}")
     if form == "pairs" and top_k is not None:
         raise InputError(f"`top_k` is for lists, got {top_k!r} with `form='pairs'`; leave it out")
+    if progress is not None and not callable(progress):
+        raise InputError(f"`progress` must be a function of two numbers, got {progress!r}")
     _check_workers(concurrency, num_cpus, num_gpus, device)
     given = {
         "revision": revision is not None,
@@ -186,7 +191,7 @@ def rank_dataset(
                 keep_columns=None if keep_columns is None else _names("keep_columns", keep_columns),
                 prefix=prefix,
             ),
-            top_k=top_k,
+            top_k=None if top_k is None else _at_least_1("top_k", top_k, 1),
             long_documents=long_documents,
             on_unsupported=on_unsupported,
             rows_per_shard=_at_least_1("rows_per_shard", rows_per_shard, _ROWS_PER_SHARD[form]),
@@ -196,6 +201,7 @@ def rank_dataset(
         raise InputError(
             f"`{problem['loc'][-1]}`: {problem['msg']}, got {problem['input']!r}"
         ) from error
+    _check_text(settings)
     batch = _at_least_1("batch_size", batch_size, _BATCH_SIZE[form])
     with store.lock():
         manifest = _open_run(store, settings, found, resume=resume)
@@ -287,10 +293,11 @@ def _report(store: Store, manifest: Manifest, resumed: int, seconds: float) -> B
 
 
 def _folder(destination: str | Path, source: str | Path, found: Source) -> Path:
-    refuse_url("destination", str(destination))
-    folder = Path(destination).resolve()
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"`destination` {str(destination)!r} is a file; pass a folder")
+    path = check_path("destination", destination)
+    with reached("destination", path):
+        folder = path.resolve()
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"`destination` {str(destination)!r} is a file; pass a folder")
     inputs = [found.base / file.name for file in found.files]
     within = Path(source).is_dir() and folder.is_relative_to(found.base)
     outputs = [folder / f"part-000000{inputs[0].suffix}", folder / BAD_ROWS / "part-000000.jsonl"]
@@ -348,10 +355,13 @@ def _identify(
     if model is None or model == _DEFAULT_MODEL:
         return _DEFAULT_MODEL, None, None
     if isinstance(model, str | Path):
-        if Path(model).is_dir():
-            # Workers have other working directories.
-            folder = Path(model).resolve()
-            return folder.name, digest(folder), str(folder)
+        if not str(model).strip():
+            raise InputError(f"`model` is {model!r}; name one, or leave it out for lanerank-mini")
+        with reached("model", model):
+            if Path(model).is_dir():
+                # Workers have other working directories.
+                folder = Path(model).resolve()
+                return folder.name, digest(folder), str(folder)
         return str(model), None, str(model)
     if isinstance(model, Reranker) or not callable(model):
         raise InputError(
@@ -372,6 +382,20 @@ def _identify(
     return name, given and hashlib.sha256(given.encode()).hexdigest()[:16], model
 
 
+def _check_text(settings: Settings) -> None:
+    """Raise an `InputError` where a text is none that a file can hold."""
+    values = settings.model_dump()
+    values |= values.pop("columns")
+    for name, value in values.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"`{name}` holds half of a character, which no file can, got {value!r}; leave it "
+                "out"
+            ) from None
+
+
 def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise InputError(f"`{argument}` must be a list of names, got {names!r}")
@@ -383,4 +407,10 @@ def _at_least_1(argument: str, value: int | None, default: int) -> int:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"`{argument}` must be an int of at least 1, got {value!r}")
+    if value > sys.maxsize:
+        # Not shown: it may have more digits than Python writes.
+        raise InputError(
+            f"`{argument}` must be an int from 1 to {sys.maxsize}, got a larger one; leave it out "
+            "for the default"
+        )
     return value

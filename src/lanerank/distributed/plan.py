@@ -9,7 +9,9 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.metadata import version
@@ -20,10 +22,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lanerank.contracts import LongDocuments
+from lanerank.display import one_line
 from lanerank.distributed.jsonl import JsonlFormat
 from lanerank.distributed.parquet import ParquetFormat
 from lanerank.distributed.rows import Columns, Format, Shard
-from lanerank.errors import InputError
+from lanerank.errors import InputError, LanerankError
 from lanerank.reranker import OnUnsupported
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -105,13 +108,15 @@ class Source:
         """Cut every file into ranges of at most `size` rows.
 
         Raises:
-            InputError: A file has no such columns, or not of the type they must have.
+            InputError: A file cannot be read, or has no such columns, or not of the type they must
+                have.
         """
         shards: list[Shard] = []
         for number, file in enumerate(self.files):
             path = self.base / file.name
-            format_of(path).check(path, columns)
-            shards += format_of(path).split(path, number, size)
+            with reached("source", path):
+                format_of(path).check(path, columns)
+                shards += format_of(path).split(path, number, size)
         return tuple(shards)
 
 
@@ -121,23 +126,9 @@ def find_source(source: str | Path) -> Source:
     Raises:
         InputError: There are none, or they are not all of one format.
     """
-    text = str(source)
-    refuse_url("source", text)
-    path = Path(text)
-    if path.is_file():
-        base, found = path.parent, [path]
-    elif path.is_dir():
-        base = path
-        found = [
-            each
-            for each in path.rglob("*")
-            if not any(part.startswith((".", "_")) for part in each.relative_to(path).parts)
-            and each.is_file()
-        ]
-    else:
-        found = [Path(name) for name in glob.glob(text, recursive=True)]
-        found = [each for each in found if each.is_file()]
-        base = Path(os.path.commonpath([each.parent for each in found])) if found else path
+    path, text = check_path("source", source), str(source)
+    with reached("source", text):
+        base, found = _matching(path, text)
     if not found:
         raise InputError(
             f"`source` {text!r} is no file, folder or pattern that any file matches; pass Parquet "
@@ -149,8 +140,44 @@ def find_source(source: str | Path) -> Source:
             f"`source` {text!r} holds files of several formats, and the output has the format of "
             "the input; choose one with a pattern such as '*.parquet'"
         )
-    files = tuple(describe(each, str(each.relative_to(base))) for each in found)
-    return Source(base.resolve(), files)
+    with reached("source", text):
+        files = tuple(describe(each, _named(each, base)) for each in found)
+        return Source(base.resolve(), files)
+
+
+def _matching(path: Path, pattern: str) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to, and the files."""
+    if path.is_file():
+        return path.parent, [path]
+    if path.is_dir():
+        return path, [
+            each
+            for each in path.rglob("*")
+            if not any(part.startswith((".", "_")) for part in each.relative_to(path).parts)
+            and each.is_file()
+        ]
+    found = [Path(name) for name in glob.glob(pattern, recursive=True)]
+    found = [each for each in found if each.is_file()]
+    base = Path(os.path.commonpath([each.parent for each in found])) if found else path
+    return base, found
+
+
+def _named(path: Path, base: Path) -> str:
+    name = str(path.relative_to(base))
+    if not _is_text(name):
+        raise InputError(
+            f"`source` has a file whose name is not UTF-8, {str(path)!r}, which no manifest can "
+            "hold; rename it"
+        )
+    return name
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def reaches(pattern: str | Path, path: Path) -> bool:
@@ -198,7 +225,7 @@ def digest(folder: Path) -> str:
     content = hashlib.sha256()
     for path in sorted(each for each in folder.rglob("*") if each.is_file()):
         size = path.stat().st_size
-        content.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
+        content.update(os.fsencode(f"{path.relative_to(folder).as_posix()}\0{size}\0"))
         with path.open("rb") as file:
             # All over it, since training may leave all but the middle layers as they are.
             for number in range(_SAMPLES):
@@ -229,15 +256,51 @@ def differences(old: Manifest, settings: Settings, files: Sequence[InputFile]) -
     return found
 
 
-def refuse_url(argument: str, value: str) -> None:
-    """Say what to do instead where a path is an address in object storage.
+def check_path(argument: str, value: str | Path) -> Path:
+    """An argument as a path.
 
     Raises:
-        InputError: It is one.
+        InputError: It is of another type, empty, an address in object storage, or holds what the
+            name of a file cannot.
     """
-    if "://" in value:
+    if not isinstance(value, str | Path):
+        raise InputError(f"`{argument}` must be a str or a Path, got {reprlib.repr(value)}")
+    text = str(value)
+    if not text.strip():
+        raise InputError(f"`{argument}` is {text!r}; pass a path, such as '.' for this folder")
+    if "://" in text:
         raise InputError(
-            f"`{argument}` must be a path, got the address {value!r}: object storage can neither "
+            f"`{argument}` must be a path, got the address {text!r}: object storage can neither "
             "rename a file nor lock a folder in one step, which resuming relies on; mount it on "
             "every machine, or copy the files"
         )
+    try:
+        named = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        named = False
+    if not named:
+        raise InputError(
+            f"`{argument}` {one_line(text, 200)!r} holds a NUL or half of a character, which the "
+            "name of a file cannot; leave it out"
+        )
+    return Path(text)
+
+
+@contextmanager
+def reached(argument: str, path: str | Path) -> Iterator[None]:
+    """Say which argument it was where the system refuses a path.
+
+    Raises:
+        InputError: It did: the name is too long, part of it is a file, links lead in a circle, ...
+    """
+    try:
+        yield
+    except LanerankError:
+        raise
+    # The second is what Python before 3.13 makes of links in a circle.
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"`{argument}` {one_line(str(path), 200)!r} cannot be used: {why}; check each folder "
+            "in it and what you may do there, or choose another"
+        ) from error

@@ -24,7 +24,7 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lanerank.distributed.plan import Manifest
+from lanerank.distributed.plan import Manifest, reached
 from lanerank.errors import BulkError
 
 BAD_ROWS = "_bad_rows"
@@ -83,22 +83,32 @@ class Store:
 
         Raises:
             BulkError: Another run holds it, or the folder holds something else.
+            InputError: The folder cannot be made, or not be written to.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # Before anything is written or deleted: a folder that is refused stays as it is.
-        self.manifest()
+        with reached("destination", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Before anything is written or deleted: a folder that is refused stays as it is.
+            self.manifest()
         running = self.folder / _RUNNING
+        lock = FileLock(self.folder / _LOCK, timeout=0)
+        with reached("destination", self.folder):
+            self._acquire(lock, running)
         try:
-            with FileLock(self.folder / _LOCK, timeout=0):
-                who = {"host": socket.gethostname(), "pid": os.getpid()}
-                with whole_file(running) as file:
-                    file.write(json.dumps(who).encode())
+            who = {"host": socket.gethostname(), "pid": os.getpid()}
+            with reached("destination", self.folder), whole_file(running) as file:
+                file.write(json.dumps(who).encode())
+            try:
                 for path in self._matching(_LEFTOVERS):
                     path.unlink(missing_ok=True)
-                try:
-                    yield
-                finally:
-                    running.unlink(missing_ok=True)
+                yield
+            finally:
+                running.unlink(missing_ok=True)
+        finally:
+            lock.release()
+
+    def _acquire(self, lock: FileLock, running: Path) -> None:
+        try:
+            lock.acquire()
         except Timeout:
             who = json.loads(running.read_bytes()) if running.is_file() else {}
             raise BulkError(

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self, get_args
+from typing import Self, TypeVar, get_args
 
 from pydantic import SecretStr
 
@@ -22,8 +23,10 @@ from lanerank.contracts import Candidate, RerankRequest, Scores
 from lanerank.display import one_line
 from lanerank.errors import InputError, InstructionNotSupportedError, RemoteError
 from lanerank.lanes import clean_text
+from lanerank.markers import Steps, at_once
 from lanerank.scoring.transport import Backoff, Transport, find_address, find_key
 from lanerank.service import (
+    Draft,
     ScoreKind,
     ServiceContract,
     check_rendering,
@@ -32,9 +35,14 @@ from lanerank.service import (
 )
 from lanerank.template import PromptTemplate, contract_for, known_models, read_contract
 
+T = TypeVar("T")
+
 _BACKOFF = Backoff()
 _PER_DOCUMENT = 200
 """Bytes that names, quotes and a service's own counting add to a document, at most."""
+
+_TURN = 0.005
+"""Seconds after which others on an event loop get their turn."""
 
 _WHOLE = re.compile(r"(?:[^\\]++|\\u.{4}|\\[^u])*+")
 """As much of a JSON string as does not end within an escape."""
@@ -142,7 +150,7 @@ class RemoteScorer:
             InstructionNotSupportedError: The instruction would not reach the model.
             RemoteError: The service did not give one number for each candidate.
         """
-        parts = self._parts(request)
+        parts = at_once(self._parts(request))
         tell = _teller(request)
 
         def ask(part: _Part) -> Scores:
@@ -151,7 +159,7 @@ class RemoteScorer:
             except RemoteError as error:
                 if not part.divides(error):
                     raise
-            halves = self._halves(part)
+            halves = part.halves()
             return _whole(halves, [ask(half) for half in halves])
 
         answers = []
@@ -162,8 +170,11 @@ class RemoteScorer:
         return _whole(parts, answers)
 
     async def ascore(self, request: RerankRequest) -> Scores:
-        """`score` on the event loop, without a thread; cancelling it cancels the requests."""
-        parts = self._parts(request)
+        """`score` on the event loop, without a thread; cancelling it cancels the requests.
+
+        Others on the loop get their turn while long documents are made ready to be sent.
+        """
+        parts = await _in_turns(self._parts(request))
         tell = _teller(request)
 
         async def ask(part: _Part) -> Scores:
@@ -175,7 +186,7 @@ class RemoteScorer:
             else:
                 tell(part.count)
                 return answer
-            halves = self._halves(part)
+            halves = part.halves()
             return _whole(halves, [await ask(half) for half in halves])
 
         try:
@@ -252,16 +263,19 @@ class RemoteScorer:
         """Close the connections of this event loop and of all threads."""
         await self.aclose()
 
-    def _parts(self, request: RerankRequest) -> list[_Part]:
+    def _parts(self, request: RerankRequest) -> Steps[list[_Part]]:
         """The requests to send: each within the limits of the service, in the input's order."""
         limits = self.contract.limits
-        trusted = replace(
-            request,
+        draft = yield from self.contract.draft(
             query=clean_text(request.query),
             instruction=clean_text(request.instruction),
+            model=self.model,
+            template=self.template,
+            long_documents=request.long_documents,
         )
         # What a document costs without its text: many services count the query with each.
-        fixed = len(self._body(trusted, [("", "")])) + _PER_DOCUMENT
+        empty = yield from draft.document("", "")
+        fixed = len(_json(draft.body([empty]))) + _PER_DOCUMENT
         if fixed > limits.bytes // 2:
             raise InputError(
                 f"`query` and `instruction` leave too little room for documents: they take {fixed} "
@@ -278,40 +292,15 @@ class RemoteScorer:
             text = _beginning(whole[0], limits.bytes - fixed - _size(attributes))
             cost = fixed + _size(attributes) + _size(text)
             if documents and (len(documents) == limits.documents or used + cost > limits.bytes):
-                parts.append(self._part(trusted, documents, cut))
+                parts.append(_Part.of(draft, documents, cut))
                 documents, cut, used = [], [], 0
-            documents.append((text, attributes))
-            cut.append(documents[-1] != whole)
+            documents.append((yield from draft.document(text, attributes)))
+            cut.append((text, attributes) != whole)
             used += cost
+            yield
         if documents:
-            parts.append(self._part(trusted, documents, cut))
+            parts.append(_Part.of(draft, documents, cut))
         return parts
-
-    def _part(
-        self,
-        trusted: RerankRequest,
-        documents: Sequence[tuple[str, str]],
-        cut: Sequence[bool],
-    ) -> _Part:
-        return _Part(trusted, tuple(documents), tuple(cut), self._body(trusted, documents))
-
-    def _halves(self, part: _Part) -> list[_Part]:
-        middle = part.count // 2
-        return [
-            self._part(part.trusted, part.documents[half], part.cut[half])
-            for half in (slice(middle), slice(middle, None))
-        ]
-
-    def _body(self, trusted: RerankRequest, documents: Sequence[tuple[str, str]]) -> bytes:
-        body = self.contract.body(
-            query=trusted.query,
-            documents=documents,
-            instruction=trusted.instruction,
-            model=self.model,
-            template=self.template,
-            long_documents=trusted.long_documents,
-        )
-        return _json(body)
 
     def _read(self, part: _Part, answer: SecretStr) -> Scores:
         found = self._scores(part, answer.get_secret_value())
@@ -338,12 +327,24 @@ class RemoteScorer:
 class _Part:
     """One request to send."""
 
-    trusted: RerankRequest
+    draft: Draft
     """Where the query and the instruction come from."""
     documents: tuple[tuple[str, str], ...]
+    """As they are sent."""
     cut: tuple[bool, ...]
     """For each document, whether it was cut to fit."""
     body: bytes
+
+    @classmethod
+    def of(cls, draft: Draft, documents: Sequence[tuple[str, str]], cut: Sequence[bool]) -> _Part:
+        return cls(draft, tuple(documents), tuple(cut), _json(draft.body(documents)))
+
+    def halves(self) -> list[_Part]:
+        middle = self.count // 2
+        return [
+            self.of(self.draft, self.documents[half], self.cut[half])
+            for half in (slice(middle), slice(middle, None))
+        ]
 
     @property
     def count(self) -> int:
@@ -365,6 +366,20 @@ def _teller(request: RerankRequest) -> Callable[[int], None]:
             request.progress(done, len(request.candidates))
 
     return tell
+
+
+async def _in_turns(steps: Steps[T]) -> T:
+    """What steps come to, with a turn for others on the event loop now and then."""
+    begun = time.monotonic()
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        if time.monotonic() - begun > _TURN:
+            await asyncio.sleep(0)
+            begun = time.monotonic()
 
 
 def _whole(parts: Sequence[_Part], answers: Sequence[Scores]) -> Scores:
