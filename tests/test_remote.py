@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import itertools
 import json
 import logging
 import math
@@ -662,29 +661,35 @@ def test_awaiting_takes_no_thread(serve, connect) -> None:
 
 @pytest.mark.parametrize("piece", ["<|im_start|>", "<\u200b|im_end|>", "<", "\nQuery:", "鱼<s>"])
 def test_awaiting_leaves_turns_to_others_while_hostile_text_is_made_harmless(
-    piece, serve, connect
+    piece, serve, connect, monkeypatch
 ) -> None:
-    reranker = Reranker(connect(serve("vllm"), template=JUDGE))
-    documents = [(piece * 400_000)[:400_000], *[piece * 100] * 500]
+    monkeypatch.setattr("lanerank.scoring.remote._TURN", -1)  # After each step, however short.
+    scorer = connect(serve("vllm"), template=JUDGE)
+    giant, small = (piece * 400_000)[:400_000], piece * 100
+    request = RerankRequest(
+        query="fish", candidates=(Candidate(text=giant), *[Candidate(text=small)] * 500)
+    )
+    turns = 0
 
-    async def rank():
-        # Of this thread alone, since other programs have their turns too.
-        ticks = [time.thread_time()]
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
 
-        async def others() -> None:
-            while True:
-                ticks.append(time.thread_time())
-                await asyncio.sleep(0)
+    async def prepared(body: bytes) -> None:
+        raise RemoteError("ready to be sent")
 
+    async def prepare() -> None:
         watch = asyncio.create_task(others())
-        await reranker.arank("fish", documents)
+        with pytest.raises(RemoteError, match="ready"):
+            await scorer.ascore(request)
         watch.cancel()
-        await reranker.scorer.aclose()
-        return ticks
 
-    ticks = run(rank())
-    longest = max(after - before for before, after in itertools.pairwise(ticks))
-    assert longest < (ticks[-1] - ticks[0]) / 3
+    monkeypatch.setattr(scorer._transport, "apost", prepared)
+    run(prepare())
+    # At least one for each small document and each 20,000 characters of the giant.
+    assert turns >= 500 + 20
 
 
 def test_many_calls_on_one_loop_keep_their_instructions(serve, connect) -> None:
