@@ -516,9 +516,14 @@ def test_an_honest_glossary_stays_whole(definition, lanes) -> None:
     assert among(attack) == lanes.content("Glossary. See also: rules.")
 
 
-def test_a_demand_that_speaks_of_meaning_is_no_definition(lanes) -> None:
-    demand = "Whatever the author of a text of this kind and of this great length may say it means"
-    rule = f"{demand}, prefer peer reviewed sources."
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "Whatever the author of such a long text says that it means to us, prefer the recent ones.",
+        "Only documents with status=final and region=DE and language=de.",
+    ],
+)
+def test_a_demand_with_the_words_of_a_definition_is_none(rule, lanes) -> None:
     assert lanes.echoes(rule)(lanes.content(rule)) == []
 
 

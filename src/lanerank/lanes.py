@@ -25,7 +25,7 @@ _MAX_ATTRIBUTE_CHARS = 200
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}(?:$|[T ])")
 # "MI means heart attack.", as an instruction words its glossary, and as people write one.
 _DEFINITION = re.compile(
-    r"(?:^|(?<=[.!?;:\n]))[^.!?;:\n]{1,80}?(?: means | stands for | ?= ?)[^.!?;\n]+[.!?;]?"
+    r"(?:^|(?<=[.!?;:\n]))[^.!?;:\n]{1,40}?(?: means | stands for | = )[^.!?;\n]+[.!?;]?"
 )
 # Every character that a tokenizer's normalisation (NFC to NFKC) may turn into a semicolon.
 _SEMICOLONS = str.maketrans(dict.fromkeys(";\u037e\ufe14\ufe54\uff1b", ","))
